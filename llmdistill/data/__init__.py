@@ -1,0 +1,1 @@
+"""Rows: where they come from, what they must hold, and how they become tokens."""

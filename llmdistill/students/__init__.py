@@ -1,0 +1,1 @@
+"""Trainable models and how they begin."""

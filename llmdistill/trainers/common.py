@@ -1,0 +1,209 @@
+"""What every distillation trainer shares: the one mean, the one step, the sampler, and whole checkpoints."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from llmdistill import checkpoints
+from llmdistill.data.batches import LengthGroupedSampler, token_lengths
+
+
+class DistillationMixin:
+    """To be placed before a library trainer among the bases.
+
+    A trainer's `compute_loss` averages with `mean_over_step` only and reports its terms with `record`; it may override
+    `on_train_begin`, `on_step` and `resumable_state`.
+    """
+
+    # compute_loss normalises over the whole step; without this the library would scale gradients once more.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, **kwargs):
+        self._step_terms: dict[str, Tensor] = {}
+        self._logged_terms: dict[str, list[float]] = defaultdict(list)
+        self._evaluated: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._train_sampler: Sampler | None = None
+        super().__init__(*args, **kwargs)
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "`average_tokens_across_devices: false` would weigh tokens by the rank they fall on: leave it true."
+            )
+        self.model_accepts_loss_kwargs = True  # so that the library counts num_items_in_batch for every model
+        self._clock = StepCallback(self)
+        self.add_callback(self._clock)
+
+    # -- The loss of a step ---------------------------------------------------------------------------------------
+
+    def mean_over_step(
+        self, values: Tensor, counted: Tensor, num_items_in_batch: Tensor | None, name: str = "loss"
+    ) -> Tensor:
+        """Mean of `values` where `counted`, over all ranks and accumulation steps of one optimizer step.
+
+        Args:
+            values: `[B, ...]` one loss per token or example.
+            counted: bool, same shape.
+            num_items_in_batch: how many values count in the whole step; the library passes it in training only.
+            name: under which evaluation reports the mean over everything, as `eval_<name>`.
+
+        Returns:
+            A scalar. In training, the sum of it over accumulation steps, averaged over ranks, is the step's mean. In
+            evaluation it is the batch's mean; `evaluation_loop` reports the exact mean over all batches and ranks.
+        """
+        values = values.masked_fill(~counted, 0.0)
+        if not self.model.training:
+            per_example = values.flatten(1).sum(1), counted.flatten(1).sum(1)
+            self._evaluated[name].append(self.accelerator.gather_for_metrics(per_example))
+            return values.sum() / counted.sum().clamp(min=1)
+        if num_items_in_batch is None:
+            raise RuntimeError("The trainer library did not count the items of this step; is there a `labels` column?")
+        ranks = self.accelerator.num_processes  # they average their gradients
+        return values.sum() * ranks / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The library's loop, with the mean over all counted values in place of its mean of batch means."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, batches in self._evaluated.items():
+            total, count = (sum(part.sum() for part in parts) for parts in zip(*batches, strict=True))
+            output.metrics[f"{metric_key_prefix}_{name}"] = (total / count.clamp(min=1)).item()
+        self._evaluated.clear()
+        return output
+
+    # -- What is reported and followed, step by step --------------------------------------------------------------
+
+    def record(self, terms: dict[str, Tensor]) -> None:
+        """Note parts of a training step's loss as `mean_over_step` returns them; they are logged as step means."""
+        if self.model.training:
+            for name, value in terms.items():
+                self._step_terms[name] = self._step_terms.get(name, 0.0) + value.detach().float()
+
+    def finish_step(self) -> None:
+        """After an optimizer step: bring its terms together over ranks, keep them for the log, tell `on_step`."""
+        names = list(self._step_terms)
+        values = torch.stack([self._step_terms[name] for name in names])
+        means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        self._step_terms.clear()
+        for name, value in means.items():
+            self._logged_terms[name].append(value)
+        self.on_step(means)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the recorded terms since the last training log."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._logged_terms.items()}
+            self._logged_terms.clear()
+        super().log(logs, start_time)
+
+    def on_train_begin(self, num_steps: int) -> None:
+        """Called once the number of optimizer steps is known."""
+
+    def on_step(self, terms: dict[str, float]) -> None:
+        """Called after every optimizer step with the recorded terms, averaged over ranks and accumulation."""
+
+    def resumable_state(self) -> dict:
+        """What has to be in a checkpoint beside the library's own state, in JSON types."""
+        return {}
+
+    def load_resumable_state(self, state: dict) -> None:
+        """Go on from what `resumable_state` returned; called after `on_train_begin`."""
+
+    # -- Batches and checkpoints ----------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._train_sampler = LengthGroupedSampler(token_lengths(train_dataset), rows_per_step, self.args.seed)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """The library's checkpoint, closed as whole before any older one is deleted."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every rank has written its part
+        if self.args.should_save:
+            folder = self._get_output_dir(trial)
+            checkpoints.close(f"{folder}/checkpoint-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    def summary(self) -> dict:
+        """What a training took and how it went, over all its sessions: for `training.json`."""
+        return {
+            "optimizer_steps": self.state.global_step,
+            "epochs": self.state.epoch,
+            "seconds": self._clock.seconds(),
+            "processes": self.accelerator.num_processes,
+            "peak_memory_bytes": _peak_memory_bytes(self.accelerator.device),
+            "log": self.state.log_history,
+        }
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The libraries' cards know nothing of the teacher, so none is written."""
+
+
+class StepCallback(TrainerCallback, ExportableState):
+    """Tells a trainer of its own steps, and puts its state and clock into `trainer_state.json` of every checkpoint."""
+
+    def __init__(self, trainer: DistillationMixin):
+        self.trainer = trainer
+        self._earlier_seconds = 0.0
+        self._start = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Hand over the number of steps, then the state of the checkpoint that is resumed."""
+        self._start = time.monotonic()
+        self.trainer.on_train_begin(state.max_steps)
+        if state.global_step > 0:
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self._earlier_seconds = saved["seconds"]
+            self.trainer.load_resumable_state(saved["trainer"])
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Give every epoch its own order, the same one when it is resumed."""
+        if self.trainer._train_sampler is not None:
+            self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """After every optimizer step."""
+        self.trainer.finish_step()
+
+    def seconds(self) -> float:
+        """Of training so far, in all sessions."""
+        return self._earlier_seconds + time.monotonic() - self._start
+
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        return {"args": {}, "attributes": {"seconds": self.seconds(), "trainer": self.trainer.resumable_state()}}
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process ever held: of the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that is only asked: no gradients, no dropout."""
+    return model.requires_grad_(False).eval()
+
+
+def place_frozen(model: PreTrainedModel, trainer) -> torch.nn.Module:
+    """A frozen model on the trainer's devices: sharded under ZeRO-3, whole on every rank otherwise."""
+    if trainer.is_deepspeed_enabled:
+        from trl.models import prepare_deepspeed
+
+        return prepare_deepspeed(model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
