@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -45,38 +47,53 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command()
 def samples(names: Annotated[list[str] | None, typer.Argument(help="By default all of them.")] = None) -> None:
     """Fetch the small sample models that recipes name `samples/...`."""
-    from llmdistill.samples import MODELS, fetch
+    with _messages():
+        from llmdistill.samples import MODELS, PREFIX, fetch
 
-    for name in names or MODELS:
-        fetch(name.removeprefix("samples/"))
-
-
-def _do(verb: str, recipe: str, overrides: list[str] | None) -> None:
-    from llmdistill import jobs
-
-    job, loaded, tree = jobs.load(recipe, overrides or [])
-    getattr(job, verb)(loaded, tree)
+        for name in names or MODELS:
+            fetch(name.removeprefix(PREFIX))
 
 
 def main() -> None:
-    """Run the command line: what a user can mend is one message and exit code 1, Ctrl-C is exit code 130."""
+    """Run the command line."""
+    app()
+
+
+def _do(verb: str, recipe: str, overrides: list[str] | None) -> None:
+    with _messages():
+        from llmdistill import jobs
+
+        job, loaded, tree = jobs.load(recipe, overrides or [])
+        getattr(job, verb)(loaded, tree)
+
+
+@contextmanager
+def _messages():
+    """What a user can mend is one message and exit code 1, Ctrl-C exit code 130; anything else keeps its traceback."""
     try:
-        app()
+        yield
     except UserError as error:
         _leave(f"Error: {error}", 1)
     except KeyboardInterrupt:
-        _leave("Interrupted. Run the same command again to go on from the last whole checkpoint.", 130)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+        _leave("\nInterrupted. Run the same command again to go on from the last whole checkpoint.", 130)
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
         _leave(
-            f"Error: the disk is full or a file grew too large ({error.strerror}). Checkpoints that were finished are "
-            "whole: free some space and run the same command again.",
+            f"Error: the disk is full, or a file may not grow so large ({error}). Checkpoints that were finished are "
+            "whole: make room and run the same command again.",
             1,
         )
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return code is not None and int(code[1]) in FULL_DISK
 
 
 def _leave(message: str, code: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(message, err=True)
-    raise SystemExit(code)
+    raise typer.Exit(code)

@@ -102,16 +102,16 @@ def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
 def _make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Dataset, folder: Path) -> None:
     """Cut the student from the teacher and save it."""
     layers = recipe.student.layers
-    teacher = _load_teacher(recipe).to(models.default_device()).eval()
     if isinstance(layers, int):
-        probe = data.tokenize(
-            rows.select(range(min(recipe.student.probe_rows, len(rows)))), tokenizer, "all", recipe.training.max_length
-        )
+        teacher = _load_teacher(recipe).to(models.default_device()).eval()
+        rows = rows.select(range(min(recipe.student.probe_rows, len(rows))))
+        probe = data.tokenize(rows, tokenizer, "all", recipe.training.max_length)
         inputs, _ = next(evaluation.batches(probe, len(probe), teacher.device))
         layers = choose_layers(layer_scores(teacher, inputs), layers)
         print(f"Layers of the student, chosen by output error: {layers}")
-    cut_layers(teacher, layers)
-    teacher.save_pretrained(folder)
+    student = models.load_causal_lm(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
+    cut_layers(student, layers)
+    student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmdistill import models
 from llmdistill.data import language as data
 from llmdistill.data.vocabulary import shared_vocabulary
+from llmdistill.distributed import plain_loading
 from llmdistill.errors import UserError
 from llmdistill.evaluation.multiple_choice import check_file
 from llmdistill.trainers.taid import TaidConfig
@@ -163,7 +164,8 @@ def check(recipe: Recipe) -> tuple["PreTrainedTokenizerBase", "Dataset"]:
         attempt("student.layers", _check_layers, recipe.student.layers, configs["teacher"])
     tokenizer = None
     if not faults:
-        tokenizer = attempt("student", _tokenizer, recipe, configs)
+        with plain_loading(recipe.training):
+            tokenizer = attempt("student", _tokenizer, recipe, configs)
         columns = {tuple(rows.column_names) for rows in sources}
         if len(columns) > 1:
             faults.append(f"  data: the sources have different kinds of rows: {sorted(columns)}. Use one kind.")

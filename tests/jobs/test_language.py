@@ -1,0 +1,314 @@
+"""The language job from a recipe to results, and what it says when it cannot work."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmdistill import checkpoints, jobs
+from llmdistill.errors import UserError
+from llmdistill.trainers.taid import TaidTrainer
+
+
+def do(verb: str, workspace: Path, *overrides: str) -> Path:
+    """Run a verb on the workspace's recipe, as the command line does, and return the folder of the run."""
+    job, recipe, tree = jobs.load(workspace / "recipe.yaml", overrides)
+    getattr(job, verb)(recipe, tree)
+    return Path(recipe.training.output_dir)
+
+
+def start(workspace: Path, *overrides: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "llmdistill", "run", str(workspace / "recipe.yaml"), *overrides]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | options  # as many as here: sums depend on it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_a_run_ends_with_a_plain_model_and_results(workspace, capsys):
+    run = do("run", workspace)
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.config.num_hidden_layers == 2
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+    assert not list((run / "model").glob("*.bin"))
+
+    results = json.loads((run / "results.json").read_text())["models"]
+    assert list(results) == ["student", "untrained student", "teacher"]
+    student, untrained, teacher = results.values()
+    assert student["kl_to_teacher"] < untrained["kl_to_teacher"]
+    assert teacher["kl_to_teacher"] == 0
+    assert teacher["top1_agreement"] == 1
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert set(answers[0]) == {"prompt", "reference", "student", "untrained student", "teacher"}
+    summary = json.loads((run / "training.json").read_text())
+    assert summary["optimizer_steps"] == 6
+    assert summary["seconds"] > 0
+    assert summary["peak_memory_bytes"] > 1e8
+
+    printed = capsys.readouterr().out
+    assert "cross-entropy of the answers" in printed
+    assert str(run / "model") in printed
+
+
+def test_a_second_run_trains_nothing_and_shows_the_results(workspace, capsys, monkeypatch):
+    do("run", workspace)
+    monkeypatch.setattr(TaidTrainer, "train", lambda *arguments, **options: pytest.fail("trained again"))
+    first = capsys.readouterr().out
+    do("run", workspace)
+    second = capsys.readouterr().out
+    assert "Already trained" in second
+    assert second.split("nats per token", 1)[1] == first.split("nats per token", 1)[1]  # the same table
+
+
+def test_another_evaluation_of_the_same_model_is_welcome(workspace, monkeypatch):
+    run = do("run", workspace)
+    monkeypatch.setattr(TaidTrainer, "train", lambda *arguments, **options: pytest.fail("trained again"))
+    do("evaluate", workspace, "evaluation.data.rows=3", "evaluation.generate=0")
+    results = json.loads((run / "results.json").read_text())
+    assert results["evaluation"]["data"]["rows"] == 3
+    assert "rouge_l" not in results["models"]["student"]
+
+
+def test_the_run_folder_keeps_the_recipe_and_refuses_another(workspace):
+    run = do("train", workspace, "training.max_steps=2")
+    kept = (run / "recipe.yaml").read_text()
+    assert "max_steps: 2" in kept
+    with pytest.raises(UserError, match=r"training\.max_steps: 2 there, 6 now") as error:
+        do("train", workspace)
+    assert "output_dir" in str(error.value)
+    again = (workspace / "recipe.yaml").write_text(kept)
+    assert again
+    do("train", workspace)  # the kept recipe is the same run
+
+
+@pytest.mark.parametrize("layers", [2, [0, 3]])
+def test_students_cut_from_the_teacher(workspace, layers):
+    overrides = ("student={from_teacher: true}", f"student.layers={layers}")
+    run = do("run", workspace, *overrides)
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (workspace / "teacher", run / "student")
+    )
+    assert student.config.num_hidden_layers == 2
+    torch.testing.assert_close(student.lm_head.weight, teacher.lm_head.weight)
+    if layers == [0, 3]:
+        torch.testing.assert_close(
+            student.model.layers[1].mlp.up_proj.weight, teacher.model.layers[3].mlp.up_proj.weight
+        )
+
+
+def test_adapters_are_merged_into_the_saved_model(workspace):
+    run = do("run", workspace, "student.lora={rank: 4}", "training.learning_rate=0.1")
+    before = load_file(workspace / "student" / "model.safetensors")
+    after = load_file(run / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_fine_tuning_needs_no_teacher(workspace):
+    run = do("run", workspace, "teacher=null", "training.label_weight=1.0")
+    results = json.loads((run / "results.json").read_text())["models"]
+    assert list(results) == ["student", "untrained student"]
+    assert results["student"]["answer_cross_entropy"] < results["untrained student"]["answer_cross_entropy"]
+
+
+def test_several_sources_are_put_together(workspace):
+    sources = f"[{{path: {workspace}/train.jsonl, rows: 5}}, {{path: {workspace}/test.jsonl, rows: 4}}]"
+    do("train", workspace, f"data={sources}", "training.max_steps=1")
+
+
+@pytest.fixture
+def long_recipe(workspace) -> Path:
+    """A run that takes some seconds."""
+    text = (workspace / "recipe.yaml").read_text()
+    text = text.replace("max_steps: 6", "max_steps: 240").replace("save_steps: 2", "save_steps: 40")
+    (workspace / "recipe.yaml").write_text(text + "\n")
+    return workspace
+
+
+def test_a_killed_run_goes_on_to_the_same_end(long_recipe):
+    whole = do("train", long_recipe, f"training.output_dir={long_recipe}/whole")
+    process = start(long_recipe)
+    wait_for(long_recipe / "run" / "checkpoint-40" / checkpoints.CLOSING_FILE, process)
+    process.kill()
+    process.wait()
+    assert not (long_recipe / "run" / "model").exists()
+    resumed = do("train", long_recipe)
+    for name, value in load_file(whole / "model" / "model.safetensors").items():
+        assert torch.equal(value, load_file(resumed / "model" / "model.safetensors")[name]), name
+
+
+def test_ctrl_c_is_a_message_and_whole_checkpoints(long_recipe):
+    process = start(long_recipe)
+    wait_for(long_recipe / "run" / "checkpoint-40", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Run the same command again" in output
+    assert "Traceback" not in output
+    checkpoints.remove_broken(long_recipe / "run")
+    assert not (long_recipe / "run" / "model").exists()
+
+
+def test_half_written_checkpoints_are_removed_and_the_one_before_is_used(workspace, capsys):
+    run = do("train", workspace)
+    (run / "model").rename(workspace / "first")
+    (run / "checkpoint-6" / "model.safetensors").write_bytes(b"cut off")
+    do("train", workspace)
+    printed = capsys.readouterr().out
+    assert "Removed" in printed
+    assert "checkpoint-6" in printed
+    assert f"Going on from {run / 'checkpoint-4'}" in printed
+    first, second = (load_file(folder / "model.safetensors") for folder in (workspace / "first", run / "model"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_full_disk_is_a_message_and_loses_nothing(workspace):
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    process = start(
+        workspace, preexec_fn=small_files_only, env=os.environ | {"HF_DATASETS_CACHE": str(workspace / "c")}
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "disk is full" in output
+    assert "Traceback" not in output
+    assert not (workspace / "run" / "model").exists()
+    assert checkpoints.last_whole(workspace / "run") is None
+    do("train", workspace)  # with space again
+
+
+def break_recipe(workspace: Path, case: str) -> list[str]:
+    """Bring one fault into the workspace and return the overrides that lead to it."""
+    if case == "empty":
+        (workspace / "train.jsonl").write_text("")
+    elif case == "no answer":
+        row = {"prompt": "a", "completion": ""}
+        (workspace / "train.jsonl").write_text(json.dumps(row) + "\n")
+    elif case == "tokenizer":
+        make_tokenizer("entirely different words with other merges " * 3).save_pretrained(workspace / "student")
+    return {
+        "model": ["student.model=./nowhere"],
+        "sample": ["teacher.model=samples/smollm2"],
+        "folder": [f"teacher.model={workspace}"],
+        "data": ["data.0.path=nowhere.jsonl"],
+        "split": ["evaluation.data.path=samples/gsm8k", "evaluation.data.split=dev"],
+        "context": ["training.max_length=4096"],
+        "no length": ["training.max_length=null"],
+        "layers": ["student={from_teacher: true, layers: 9}"],
+        "layer list": ["student={from_teacher: true, layers: [0, 4]}"],
+        "choice file": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/nothing.jsonl}}]"],
+    }.get(case, [])
+
+
+@pytest.mark.parametrize(
+    ("case", "complaint"),
+    [
+        ("empty", r"data\.0: .*train\.jsonl is empty"),
+        ("no answer", r"data\.0: .*train\.jsonl: one row has no answer in `completion`; the first is row 1"),
+        ("tokenizer", r"student: Student and teacher speak different vocabularies .* id 261"),
+        ("model", r"student\.model: there is no model folder `\./nowhere`"),
+        ("sample", r"teacher\.model: there is no sample model `samples/smollm2`"),
+        ("folder", r"teacher\.model: the folder .* holds no model: it has no config\.json"),
+        ("data", r"data\.0: there is no file or folder `nowhere\.jsonl`"),
+        ("split", r"evaluation\.data: `samples/gsm8k` has no split `dev`"),
+        ("context", r"training\.max_length: 4096 tokens exceed the teacher's context of 128"),
+        ("no length", r"training\.max_length: it must be a number"),
+        ("layers", r"student\.layers: the teacher has 4 layers"),
+        ("layer list", r"student\.layers: the teacher has 4 layers"),
+        ("choice file", r"evaluation\.multiple_choice\.0: there is no file"),
+    ],
+)
+def test_bad_input_is_named_before_any_weights_are_loaded(workspace, monkeypatch, case, complaint):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **o: pytest.fail("weights were loaded"))
+    overrides = break_recipe(workspace, case)
+    with pytest.raises(UserError, match=complaint):
+        do("run", workspace, *overrides)
+    assert not (workspace / "run").exists()
+
+
+def test_several_faults_come_together(workspace):
+    with pytest.raises(UserError) as error:
+        do("run", workspace, "student.model=./nowhere", "data.0.path=nowhere.jsonl", "training.max_length=999")
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
+        "student.model",
+        "data.0",
+        "training.max_length",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("student={}", "either `model` or `from_teacher: true`"),
+        ("student={from_teacher: true}", "needs `layers`"),
+        ("student.layers=3", "needs `from_teacher: true`"),
+        ("teacher=null", "`teacher` is missing"),
+        ("training.output_dir=null", "`training.output_dir` is missing"),
+        ("training.learning_rat=1.0", "Did you mean `learning_rate`"),
+    ],
+)
+def test_contradictions_in_the_recipe(workspace, override, complaint):
+    with pytest.raises(UserError, match=complaint):
+        jobs.load(workspace / "recipe.yaml", [override])
+
+
+def test_a_student_larger_than_its_teacher_is_a_warning(workspace):
+    overrides = (f"teacher.model={workspace}/student", f"student.model={workspace}/teacher")
+    with pytest.warns(UserWarning, match="larger than its teacher"):
+        do("train", workspace, *overrides, "training.max_steps=1")
+
+
+def test_a_base_student_takes_the_teachers_chat_template(workspace):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(workspace / "student")
+    (workspace / "student" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match="takes the teacher's"):
+        run = do("train", workspace, "training.max_steps=1")
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template == make_tokenizer().chat_template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [None, "zero3.json"])
+def test_torchrun_with_two_processes(workspace, config):
+    exact = ["training.optim=sgd", "training.learning_rate=0.1", "teacher.dtype=float32"]
+    overrides = ["training.per_device_train_batch_size=2", *exact]
+    if config is not None:
+        overrides.append(f"training.deepspeed={Path(__file__).parents[2]}/recipes/deepspeed/{config}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    command = [*launcher, "-m", "llmdistill", "run", str(workspace / "recipe.yaml"), *overrides]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("cross-entropy of the answers") == 1
+    two = load_file(workspace / "run" / "model" / "model.safetensors")
+    alone = do("train", workspace, *exact, f"training.output_dir={workspace}/alone")
+    for name, value in load_file(alone / "model" / "model.safetensors").items():
+        torch.testing.assert_close(two[name].float(), value, rtol=1e-3, atol=1e-5)
+
+
+def test_no_warning_of_ours_in_an_ordinary_run(workspace):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        do("train", workspace, "training.max_steps=1")
