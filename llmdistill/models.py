@@ -54,7 +54,11 @@ def load_config(name: str, **options) -> "PreTrainedConfig":
 
 
 def load_causal_lm(name: str, dtype: "torch.dtype | str" = "auto", **options) -> "PreTrainedModel":
-    """The causal language model `name`; weights are read from safetensors only, no pickle is opened."""
+    """The causal language model `name`; weights are read from safetensors only, no pickle is opened.
+
+    Raises:
+        UserError: there are no such weights.
+    """
     from transformers import AutoModelForCausalLM
 
     path = locate(name)
@@ -62,7 +66,13 @@ def load_causal_lm(name: str, dtype: "torch.dtype | str" = "auto", **options) ->
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, **options).merge_and_unload()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except OSError as error:
+        if error.errno is not None:  # the system's own errors speak for themselves
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"`{name}` cannot be loaded; weights must be safetensors. {reason}") from None
 
 
 def load_tokenizer(name: str, **options) -> "PreTrainedTokenizerBase":

@@ -80,5 +80,5 @@ def test_pickled_weights_are_not_opened(make_model, tmp_path):
     model = make_model()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match="weights must be safetensors"):
         load_causal_lm(str(tmp_path))

@@ -88,9 +88,8 @@ class DistillationMixin:
     def finish_step(self) -> None:
         """After an optimizer step: bring its terms together over ranks, keep them for the log, tell `on_step`."""
         names = list(self._step_terms)
-        values = torch.stack([self._step_terms[name] for name in names])
+        values = torch.stack([self._step_terms.pop(name) for name in names])
         means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-        self._step_terms.clear()
         for name, value in means.items():
             self._logged_terms[name].append(value)
         self.on_step(means)

@@ -135,6 +135,7 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
                 "The router loss of mixture-of-experts students is not supported: `router_aux_loss_coef: 0`."
             )
 
+        self._loss_shifts_labels = True  # in the library's count of items, also for models whose loss it does not know
         self.schedule: TaidSchedule | None = None
         self.teacher: LanguageTeacher | None = None
         self._head_is_proven = False

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from watch import LargestTensor
 
 from llmdistill.objectives.chunked import Head, chunked_divergence, chunked_terms, divergence_term, label_term
 from llmdistill.objectives.divergences import DIVERGENCES, cross_entropy, forward_kl
@@ -11,18 +10,6 @@ from llmdistill.objectives.taid import interpolate_logits
 
 B, S, V, HS, HT = 2, 9, 53, 8, 12
 HEADS = {"plain": {}, "bias": {"bias": True}, "scaled": {"scale": 0.3}, "capped": {"soft_cap": 2.0}}
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any tensor had that was made inside."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        output = function(*arguments, **(keywords or {}))
-        tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
-        return output
 
 
 def make_inputs(bias: bool = False, dtype=torch.float32, **head_options):

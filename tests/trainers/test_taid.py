@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_rows, make_tokenizer
 from datasets import Dataset
+from watch import LargestTensor
 
 from llmdistill import checkpoints
 from llmdistill.data.language import IGNORE_INDEX, tokenize
@@ -341,3 +342,25 @@ def test_checkpoints_are_closed_and_old_ones_go_only_then(make_trainer, monkeypa
     saved = state["stateful_callbacks"]["StepCallback"]["attributes"]
     assert saved["trainer"] == trainer.schedule.state_dict()
     assert 0 < saved["seconds"] <= trainer.summary()["seconds"]
+
+
+def test_full_logits_of_neither_model_ever_exist(make_trainer, tokenizer):
+    trainer = make_trainer(loss_chunk_bytes=4 * len(tokenizer) * 3, label_weight=0.2)
+    trainer.on_train_begin(10)
+    trainer.model.train()
+    batch = one_batch(trainer)
+    rows, tokens = batch["input_ids"].shape
+    with LargestTensor() as watch:
+        num_items = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items).backward()
+    assert watch.largest < rows * tokens * len(tokenizer)
+
+
+def test_packed_rows_do_not_see_each_other(make_trainer):
+    settings = {"train_sampling_strategy": "sequential", "optim": "sgd", "max_steps": 1, "schedule": "constant"}
+    plain = make_trainer("plain", per_device_train_batch_size=24, **settings)
+    packed = make_trainer("packed", packing=True, max_length=512, per_device_train_batch_size=8, **settings)
+    assert len(packed.train_dataset) < 8
+    plain.train()
+    packed.train()
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-4)
