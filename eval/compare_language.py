@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 RECIPE = "recipes/taid/smollm2-135m_to_92m_gsm8k.yaml"
+TEACHER = "samples/smollm2-135m-instruct"
 PLAIN = ("schedule=constant", "t_start=1.0")
 METHODS = {
     "fine-tuning": ("label_weight=1.0",),
@@ -50,7 +51,7 @@ def times(steps: int = 6, rounds: int = 3, folder: Path = Path("runs/times")) ->
         for name, settings in METHODS.items():
             run = folder / f"{_slug(name)}-{number}"
             shutil.rmtree(run, ignore_errors=True)
-            _llmdistill("train", run, [*settings, f"max_steps={steps}", "save_strategy=no"], [])
+            _llmdistill("train", run, [*settings, f"max_steps={steps}", "save_strategy=no"])
             seconds[name].append(json.loads((run / "training.json").read_text())["seconds"] / steps)
             _keep_only_figures(run)
     for name, values in seconds.items():
@@ -65,28 +66,50 @@ def runs(
         "../shared/data"
     ),
     steps: int = 48,
-    equal_time_steps: Annotated[int, typer.Option(help="Fine-tuning steps in the time of `steps` others.")] = 72,
+    equal_time_steps: Annotated[int, typer.Option(help="Fine-tuning steps in the time of `steps` others.")] = 78,
     seeds: int = 3,
     folder: Path = Path("runs/compare"),
 ) -> None:
     """Train and evaluate every method and seed; print mean and standard deviation over seeds."""
     files = {name: data / "lm_eval" / name / "test.jsonl.gz" for name in ("arc_easy", "piqa")}
-    choices = ", ".join(f"{{name: {name}, path: {path}, rows: 200}}" for name, path in files.items())
     jobs = {name: (settings, steps) for name, settings in METHODS.items()}
     jobs[LONGER] = (METHODS["fine-tuning"], equal_time_steps)
     for seed in range(seeds):
         for name, (settings, count) in jobs.items():
             run = folder / f"{_slug(name)}-{seed}"
-            if not (run / "results.json").is_file():
+            if not (run / "figures.json").is_file():
                 print(f"== {name}, seed {seed}", flush=True)
-                training = [*settings, f"max_steps={count}", f"seed={seed}"]
-                _llmdistill("run", run, training, [f"evaluation.multiple_choice=[{choices}]"])
+                _llmdistill("train", run, [*settings, f"max_steps={count}", f"seed={seed}"])
+                if not (folder / "baselines.json").is_file():
+                    baselines = {"untrained student": str(run / "student"), "teacher": TEACHER}
+                    figures = {name: _judge(model, files) for name, model in baselines.items()}
+                    (folder / "baselines.json").write_text(json.dumps(figures))
+                (run / "figures.json").write_text(json.dumps(_judge(str(run / "model"), files)))
             _keep_only_figures(run)
     _print_table(folder, jobs, seeds)
 
 
-def _llmdistill(verb: str, run: Path, training: list[str], others: list[str]) -> None:
-    overrides = [f"training.output_dir={run}", *(f"training.{setting}" for setting in training), *others]
+def _judge(name: str, files: dict[str, Path]) -> dict[str, float]:
+    """Figures of one model on held-out rows and on multiple-choice files."""
+    from llmdistill import models
+    from llmdistill.data import language as data
+    from llmdistill.evaluation.language import score_answers, write_answers
+    from llmdistill.evaluation.multiple_choice import score_choices
+
+    tokenizer = models.load_tokenizer(TEACHER)
+    rows = data.load(data.Source(path="samples/gsm8k", split="test", rows=128))
+    rows = data.tokenize(rows, tokenizer, "assistant", 256)
+    judged, teacher = (
+        models.load_causal_lm(one, models.default_dtype()).to(models.default_device()).eval()
+        for one in (name, TEACHER)
+    )
+    figures = score_answers({"model": judged, "teacher": teacher}, rows, teacher="teacher")["model"]
+    figures |= write_answers(judged, tokenizer, rows.select(range(32)))[0]
+    return figures | score_choices(judged, tokenizer, files, rows=200)
+
+
+def _llmdistill(verb: str, run: Path, training: list[str]) -> None:
+    overrides = [f"training.output_dir={run}", *(f"training.{setting}" for setting in training)]
     log = run.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
@@ -102,15 +125,16 @@ def _keep_only_figures(run: Path) -> None:
 
 
 def _print_table(folder: Path, jobs: dict[str, tuple[tuple[str, ...], int]], seeds: int) -> None:
+    baselines = json.loads((folder / "baselines.json").read_text())
+    lines = [(name, "", [figures]) for name, figures in baselines.items()]
+    for name, (_, count) in jobs.items():
+        runs = [folder / f"{_slug(name)}-{seed}" for seed in range(seeds)]
+        lines.append((name, count, [json.loads((run / "figures.json").read_text()) for run in runs]))
     print("| method | steps | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for name, (_, count) in jobs.items():
-        results = [json.loads((folder / f"{_slug(name)}-{n}" / "results.json").read_text()) for n in range(seeds)]
-        values = [[one["models"]["student"][key] for one in results] for key in COLUMNS]
-        print(f"| {name} | {count} | " + " | ".join(map(_mean_and_spread, COLUMNS, values)) + " |")
-    for name in ("untrained student", "teacher"):
-        values = [[results[0]["models"][name][key]] for key in COLUMNS]
-        print(f"| {name} | | " + " | ".join(map(_mean_and_spread, COLUMNS, values)) + " |")
+    for name, count, figures in lines:
+        cells = (_mean_and_spread(key, [one[key] for one in figures]) for key in COLUMNS)
+        print(f"| {name} | {count} | " + " | ".join(cells) + " |")
 
 
 def _mean_and_spread(key: str, values: list[float]) -> str:

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from llmdistill.errors import UserError
-
 
 def main(
     model: Annotated[list[str], typer.Option(help="Folder or Hub name, also NAME=FOLDER; several times for several.")],
@@ -41,7 +39,7 @@ def main(
             teacher="teacher" if teacher else None,
             multiple_choice={name: (path, choice_rows) for name, path in map(_named, choices or [])},
         )
-    except UserError as error:
+    except ValueError as error:  # what a user can mend
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     if output is not None:
@@ -52,15 +50,17 @@ def evaluate(names: dict[str, str], data: dict, tokens: dict, multiple_choice: d
     """Load, compare and print (see `llmdistill.evaluation.language.compare`)."""
     from llmdistill import models
     from llmdistill.data import language as rows
+    from llmdistill.data.vocabulary import shared_vocabulary
     from llmdistill.evaluation import language
     from llmdistill.evaluation.multiple_choice import check_file
 
     for path, _ in multiple_choice.values():
         check_file(path)
-    for name in names.values():
-        models.load_config(name)
     source = rows.load(rows.Source(**data))
-    tokenizer = models.load_tokenizer(next(iter(names.values())))
+    tokenizer, *others = (models.load_tokenizer(name) for name in names.values())
+    size, *sizes = (models.load_config(name).get_text_config().vocab_size for name in names.values())
+    for other, other_size in zip(others, sizes, strict=True):
+        shared_vocabulary(tokenizer, other, size, other_size)
     tokenized = rows.tokenize(source, tokenizer, **tokens)
     compared = {
         key: models.load_causal_lm(name, models.default_dtype()).to(models.default_device()).eval()

@@ -87,13 +87,18 @@ def _messages():
 
 
 def _is_full_disk(error: Exception) -> bool:
+    """Python's, safetensors' and torch.save's way of saying that nothing more could be written."""
     if isinstance(error, OSError):
         return error.errno in FULL_DISK
-    code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return code is not None and int(code[1]) in FULL_DISK
+    if type(error).__name__ == "SafetensorError":
+        code = re.search(r"os error (\d+)", str(error))
+        return code is not None and int(code[1]) in FULL_DISK
+    return (
+        isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", str(error)) is not None
+    )
 
 
 def _leave(message: str, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(message, err=True)
+    rank = os.environ.get("RANK", "0")
+    typer.echo(message if rank == "0" else f"[rank {rank}] {message}", err=True)
     raise typer.Exit(code)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def prepare_deepspeed_on_cpu(arguments: "TrainingArguments") -> None:
-    """Make DeepSpeed ready on processors; call it right after the arguments are built, before any model is loaded.
+    """Make DeepSpeed ready on processors; call it before any model is loaded.
 
     DeepSpeed would compile an operator at its first start, and a process killed meanwhile leaves a lock on which every
     later run hangs; the operator only speeds up a single machine's all-reduce, so it is switched off.

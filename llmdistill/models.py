@@ -65,6 +65,8 @@ def load_causal_lm(name: str, dtype: "torch.dtype | str" = "auto", **options) ->
     if (Path(path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
+        if not (Path(path) / "adapter_model.safetensors").is_file():
+            raise UserError(f"`{name}` cannot be loaded; weights must be safetensors: adapter_model.safetensors.")
         return AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, **options).merge_and_unload()
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)

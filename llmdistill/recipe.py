@@ -30,11 +30,17 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise RecipeError(f"{node.start_mark.name}: the key `{key}` is written twice in one section.")
         return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node):
+        return int(node.value)  # 010 is ten, not eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,7 +54,6 @@ for _tag, _pattern in {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
-    "merge": r"<<",
 }.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), None)
@@ -61,9 +66,11 @@ def read(path: str | Path, overrides: typing.Sequence[str] = ()) -> dict[str, An
         RecipeError: no such file, not a YAML mapping, a key twice, or an override without `=`.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"Cannot read the recipe {path}: it is not text in UTF-8.") from None
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} is not a recipe: expected `key: value` lines, got {tree!r:.80}.")
@@ -89,6 +96,8 @@ def build(recipe_type: type, tree: dict[str, Any], source: str | Path) -> Any:
     try:
         # Through JSON, because pydantic's strict mode takes a mapping for a dataclass only there.
         instance = TypeAdapter(_forbid_extras(recipe_type)).validate_json(json.dumps(tree), strict=True)
+    except TypeError as error:
+        raise RecipeError(f"{source} holds a value that is no plain YAML: {error}.") from None
     except ValidationError as error:
         faults |= {key: text for key, text in _explain(recipe_type, error).items() if key not in faults}
     if faults:
@@ -113,11 +122,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals:
         raise RecipeError(f"The override `{override}` has no `=`: write it as `section.key=value`.")
     *parents, last = path.split(".")
+    parsed = _parse(value, f"The override `{override}`")
     node: Any = tree
     try:
         for name in parents:
-            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
-        node[int(last) if isinstance(node, list) else last] = _parse(value, f"override `{override}`")
+            if isinstance(node, dict) and node.get(name) is None:
+                node[name] = {}  # missing, or a section without keys
+            node = node[int(name) if isinstance(node, list) else name]
+        node[int(last) if isinstance(node, list) else last] = parsed
     except (AttributeError, TypeError, IndexError, ValueError):
         raise RecipeError(f"The override `{override}` does not fit: `{path}` leads through a plain value.") from None
 

@@ -11,10 +11,12 @@ answers.jsonl   what the compared models wrote
 ```
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +40,42 @@ class Run:
         self._recipe = self.folder / "recipe.yaml"
 
     def check_recipe(self) -> None:
-        """Refuse a folder that holds a run of another recipe; the evaluation may differ.
+        """Refuse a folder that holds the work of another recipe; the evaluation may differ.
 
         Raises:
             UserError: names the differing keys.
         """
-        if not self._recipe.is_file():
-            return
-        differences = _differences(_without_evaluation(recipe.read(self._recipe)), _without_evaluation(self.tree))
-        if differences:
+        differences = self._differences()
+        if differences and (self.model.is_dir() or checkpoints.last_whole(self.folder) is not None):
             raise UserError(
                 f"{self.folder} holds a run of another recipe. It differs in:\n"
                 + "\n".join(f"  {key}: {there!r} there, {here!r} now" for key, (there, here) in differences.items())
                 + "\nChoose another `training.output_dir`, or remove that folder."
             )
 
-    def keep_recipe(self) -> None:
-        """Make the folder and write the recipe into it."""
+    @contextmanager
+    def at_work(self):
+        """Inside, the folder is this process's alone, and the recipe is in it.
+
+        Raises:
+            UserError: another process is at work in it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._recipe, recipe.dump(self.tree))
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"Another process is at work in {self.folder}: wait for it, or stop it.") from None
+            if self._differences():  # from a run that came to nothing yet
+                shutil.rmtree(self.student, ignore_errors=True)
+            write_whole(self._recipe, recipe.dump(self.tree))
+            yield
+
+    def _differences(self) -> dict[str, tuple[Any, Any]]:
+        """Keys in which the recipe in the folder differs from this one."""
+        if not self._recipe.is_file():
+            return {}
+        return _differences(_without_evaluation(recipe.read(self._recipe)), _without_evaluation(self.tree))
 
     def build(self, folder: Path, make: Callable[[Path], None]) -> None:
         """Make the sub-folder `folder` of the run with `make`, all of it or nothing."""

@@ -66,6 +66,20 @@ def test_overrides_that_lead_nowhere_are_refused(tmp_path, override):
         build("method: a\nitems: [{path: a}]", tmp_path, override)
 
 
+@pytest.mark.parametrize("value", ["[1,", "{rate: 1.0, rate: 2.0}"])
+def test_overrides_that_are_no_yaml_say_so(tmp_path, value):
+    with pytest.raises(RecipeError, match=r"The override `section=.*(not valid YAML|written twice)"):
+        build("method: a", tmp_path, f"section={value}")
+
+
+def test_an_empty_section_can_be_filled_by_an_override(tmp_path):
+    assert build("method: a\nsection:", tmp_path, "section.count=3").section.count == 3
+
+
+def test_integers_are_decimal(tmp_path):
+    assert build("method: a\nsection: {count: 010, layers: [09]}", tmp_path).section == Section(count=10, layers=[9])
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
@@ -105,6 +119,7 @@ def test_all_faults_come_at_once(tmp_path):
         ("section: {rate: 1.0, rate: 2.0}", "`rate` is written twice"),
         ("method: [", "not valid YAML"),
         ("just words", "is not a recipe"),
+        ("a: &a {rate: 1.0}\nmethod: x\nsection:\n  <<: *a", "unknown key"),
         ("", "is not a recipe"),
     ],
 )
@@ -119,7 +134,13 @@ def test_dump_is_read_back_as_it_was(tmp_path):
     assert recipe.read(tmp_path / "recipe.yaml") == tree
 
 
-@pytest.mark.parametrize("method", ["tiad", "null", "3"])
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"method: \xff\xfe")
+    with pytest.raises(RecipeError, match="not text in UTF-8"):
+        recipe.read(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("method", ["tiad", "null", "3", "[taid]"])
 def test_unknown_methods_are_refused(tmp_path, method):
     (tmp_path / "recipe.yaml").write_text(f"method: {method}\n")
     with pytest.raises(RecipeError, match=r"method: expected a method.*taid"):

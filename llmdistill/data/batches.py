@@ -17,8 +17,9 @@ class LengthGroupedSampler(Sampler[int]):
     """Rows in random order, but those of one optimizer step of similar length, and within a step by falling length.
 
     The order depends on the seed, the epoch and the rows of one step over all ranks and accumulation steps, not on how
-    that step is divided: 8 x 1, 2 x 4 and two ranks of 4 see the same steps. The longest step of all comes first, so
-    that a batch too large for the memory fails at once.
+    that step is divided: 8 x 1, 2 x 4 and two ranks of 4 see the same steps. For the same reason the rows that do not
+    fill a step are left out, other ones in every epoch. The longest step of all comes first, so that a batch too large
+    for the memory fails at once.
 
     Args:
         lengths: tokens of each row.
@@ -35,20 +36,21 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        if len(self.lengths) < self.rows_per_step:  # all that there is, in one small step
+            return len(self.lengths)
+        return len(self.lengths) // self.rows_per_step * self.rows_per_step
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator)[: len(self)].tolist()
         steps = []
         for group in _pieces(order, STEPS_PER_GROUP * self.rows_per_step):
             group.sort(key=lambda row: self.lengths[row], reverse=True)
             steps += _pieces(group, self.rows_per_step)
-        ragged = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []  # only the very last can be
         steps = [steps[index] for index in torch.randperm(len(steps), generator=generator).tolist()]
-        longest = max(range(len(steps)), key=lambda index: self.lengths[steps[index][0]], default=0)
-        steps[:1], steps[longest : longest + 1] = steps[longest : longest + 1], steps[:1]
-        return (row for step in steps + ragged for row in step)
+        longest = max(range(len(steps)), key=lambda index: self.lengths[steps[index][0]])
+        steps[0], steps[longest] = steps[longest], steps[0]
+        return (row for step in steps for row in step)
 
 
 def token_lengths(rows: "Dataset") -> list[int]:

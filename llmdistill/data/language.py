@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from llmdistill import samples
 from llmdistill.errors import UserError, nearest
 
@@ -57,6 +59,8 @@ def find(source: Source) -> Path | None:
     if source.path.startswith(samples.PREFIX):
         path = samples.data_folder(source.path.removeprefix(samples.PREFIX))
     if path.is_file():
+        if _builder(path) is None:
+            raise UserError(f"cannot tell what kind of file `{source.path}` is: it must end in {', '.join(SUFFIXES)}.")
         return path
     if path.is_dir():
         files = {file.name.partition(".")[0]: file for file in sorted(path.iterdir()) if _builder(file)}
@@ -68,27 +72,33 @@ def find(source: Source) -> Path | None:
     return None
 
 
+def read_file(file: Path) -> "Dataset":
+    """All rows of a file.
+
+    Raises:
+        UserError: the file is empty or broken; names the first broken line.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(_builder(file), data_files=str(file), split="train")
+    except StopIteration:
+        raise UserError(f"{file} is empty: it has no rows.") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
+
+
 def load(source: Source) -> "Dataset":
     """The rows of `source`, checked, with the columns of one of `SHAPES` only.
 
     Raises:
         UserError: no such data, unreadable, empty, or rows without an answer.
     """
-    import datasets
-
     file = find(source)
-    if file is None:
-        rows = _load_from_hub(source)
-    else:
-        try:
-            rows = datasets.load_dataset(_builder(file), data_files=str(file), split="train")
-        except StopIteration:
-            raise UserError(f"{file} is empty: it has no rows.") from None
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
+    rows = _load_from_hub(source) if file is None else read_file(file)
     where = f"{source.path} ({source.split})" if file is None else str(file)
-    rows = rows.rename_columns({theirs: ours for ours, theirs in _present(source, rows, where).items()})
-    shape = next((shape for shape in SHAPES if set(shape) <= set(rows.column_names)), None)
+    rows = rows.rename_columns({theirs: ours for ours, theirs in _renamed_columns(source, rows, where).items()})
+    shape = shape_of(rows.column_names)
     if shape is None:
         raise UserError(
             f"{where} has the columns {', '.join(rows.column_names)}: expected `messages`, `prompt` and `completion`, "
@@ -100,6 +110,11 @@ def load(source: Source) -> "Dataset":
     return rows
 
 
+def shape_of(columns: Iterable[str]) -> tuple[str, ...] | None:
+    """The first of `SHAPES` whose columns are all there."""
+    return next((shape for shape in SHAPES if set(shape) <= set(columns)), None)
+
+
 def check(rows: "Dataset", where: str) -> None:
     """Refuse an empty data set and rows that have nothing to learn from.
 
@@ -108,37 +123,60 @@ def check(rows: "Dataset", where: str) -> None:
     """
     if len(rows) == 0:
         raise UserError(f"{where} is empty: it has no rows.")
-    column = rows.column_names[-1]
-    faulty = [number for number, value in enumerate(rows[column], start=1) if not _has_answer(value)]
+    *before, last = rows.column_names
+    faulty = []
+    for number, row in enumerate(rows, start=1):
+        if any(not _is_text(row[column], may_be_empty=True) for column in before) or not _is_text(row[last]):
+            raise UserError(
+                f"{where}: row {number} is neither text nor a conversation in {', '.join(rows.column_names)}: "
+                "expected a text, or a list of messages with `role` and `content` as texts."
+            )
+        if not _has_answer(row[last]):
+            faulty.append(number)
     if faulty:
         count = f"{len(faulty)} rows have" if len(faulty) > 1 else "one row has"
-        raise UserError(
-            f"{where}: {count} no answer in `{column}`; the first is row {faulty[0]}. Mend or remove them."
-        )
+        raise UserError(f"{where}: {count} no answer in `{last}`; the first is row {faulty[0]}. Mend or remove them.")
 
 
-def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", mask: str, max_length: int) -> "Dataset":
+def tokenize(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    mask: str,
+    max_length: int | None,
+    num_processes: int | None = None,
+) -> "Dataset":
     """Rows as `input_ids` and `labels`, cut to `max_length` tokens.
 
     Args:
         rows: with the columns of one of `SHAPES`; conversations go through the tokenizer's chat template.
         tokenizer: the student's.
         mask: `assistant` puts labels on the answers' tokens only, `all` on every token. Plain text has labels on all.
-        max_length: tokens of a row; what lies beyond is cut, and rows whose labels are all cut are dropped.
+        max_length: tokens of a row; what lies beyond is cut, and rows whose labels are all cut are dropped. None cuts
+            nothing.
+        num_processes: that tokenise side by side.
 
     Raises:
-        UserError: the chat template does not tell where an answer begins, or nothing is left.
+        UserError: the chat template refuses a row or does not tell where an answer begins, or nothing is left.
     """
 
-    def convert(row: dict[str, Any]) -> dict[str, list[int]]:
-        ids, counted = _tokens(row, tokenizer)
-        if mask == "all":
-            counted = [True] * len(ids)
-        labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, counted, strict=True)]
+    def convert(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        try:
+            text, spans, options = _text_and_answers(row, tokenizer, mask)
+        except jinja2.TemplateError as error:
+            raise UserError(f"The tokenizer's chat template refuses row {index + 1}: {error}") from None
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        # A token counts if it ends inside an answer; one that began before it has merged with its first character.
+        labels = [
+            token if any(start < end <= stop for start, stop in spans) else IGNORE_INDEX
+            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
         # The first token is predicted by nothing.
-        return {"input_ids": ids[:max_length], "labels": [IGNORE_INDEX, *labels[1:max_length]]}
+        return {"input_ids": encoded["input_ids"][:max_length], "labels": [IGNORE_INDEX, *labels[1:max_length]]}
 
-    tokenized = rows.map(convert, remove_columns=rows.column_names, desc="Tokenizing")
+    if not tokenizer.is_fast:
+        raise UserError("The tokenizer is a slow one, which cannot tell where its tokens lie in the text.")
+    settings = {"with_indices": True, "remove_columns": rows.column_names, "num_proc": num_processes}
+    tokenized = rows.map(convert, desc="Tokenizing", **settings)
     kept = tokenized.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"]), desc="Checking labels")
     if len(kept) == 0:
         raise UserError(
@@ -147,46 +185,56 @@ def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", mask: str, m
     return kept
 
 
-def _tokens(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """The tokens of one row, and which of them are the answer's."""
+def end_of_answer(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token that ends the answers of tokenised rows: what a student of them learns to stop with."""
+    special = set(tokenizer.all_special_ids) | {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    answers = ([label for label in row["labels"] if label != IGNORE_INDEX] for row in rows.select(range(1)))
+    ends = [label for answer in answers for label in answer if label in special]
+    return ends[-1] if ends else None
+
+
+def _text_and_answers(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", mask: str
+) -> tuple[str, list[tuple[int, int]], dict[str, Any]]:
+    """The text of a row, which characters of it are answers, and how to tokenise it."""
     if "text" in row:
-        ids = tokenizer(_ended(row["text"], tokenizer))["input_ids"]
-        return ids, [True] * len(ids)
-    if "messages" in row:
-        return _conversation_tokens(row["messages"], tokenizer)
-    if isinstance(row["prompt"], str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = tokenizer(row["prompt"] + _ended(row["completion"], tokenizer))["input_ids"]
-        start = _common_prefix(prompt, ids)  # tokens may merge across the boundary
-        return ids, [position >= start for position in range(len(ids))]
-    messages = row["prompt"] + row["completion"]
-    return _conversation_tokens(messages, tokenizer, first_answer=len(row["prompt"]))
+        text = _ended(row["text"], tokenizer)
+        return text, [(-1, len(text))], {}
+    if "prompt" in row and isinstance(row["prompt"], str):
+        text, start, options = row["prompt"] + _ended(row["completion"], tokenizer), len(row["prompt"]), {}
+        spans = [(start, len(text))]
+    else:
+        first = len(row.get("prompt", []))
+        messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        text, options = _render(messages, tokenizer), {"add_special_tokens": False}  # the template has put them
+        spans = _answer_spans(messages, text, tokenizer, first) if mask == "assistant" else []
+    return text, [(-1, len(text))] if mask == "all" else spans, options
 
 
-def _conversation_tokens(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", first_answer: int = 0
-) -> tuple[list[int], list[bool]]:
-    """A conversation in the chat template; the answers are the assistant's messages from number `first_answer` on."""
-
-    def render(end: int, add_generation_prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            messages[:end], add_generation_prompt=add_generation_prompt, return_dict=True
-        )["input_ids"]
-
-    ids = render(len(messages), False)
-    counted = [False] * len(ids)
+def _answer_spans(
+    messages: list[dict[str, str]], text: str, tokenizer: "PreTrainedTokenizerBase", first: int
+) -> list[tuple[int, int]]:
+    """Where in the rendered conversation the assistant's messages from number `first` on lie, their ends included."""
+    spans = []
     for number, message in enumerate(messages):
-        if number < first_answer or message["role"] != "assistant":
+        if number < first or message["role"] != "assistant":
             continue
-        before, after = render(number, True), render(number + 1, False)
-        if ids[: len(after)] != after or after[: len(before)] != before:
+        before = _render(messages[:number], tokenizer, add_generation_prompt=True) if number else ""
+        after = _render(messages[: number + 1], tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 "The tokenizer's chat template renders a conversation differently once it goes on, so that the "
-                "answers' tokens cannot be told apart. Use `mask: all`, rows of `prompt` and `completion` as text, or "
+                "answers cannot be told apart. Use `mask: all`, rows of `prompt` and `completion` as text, or "
                 "another chat template."
             )
-        counted[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return ids, counted
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", **options) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def _ended(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -195,18 +243,23 @@ def _ended(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text if text.endswith(end) else text + end
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((position for position, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-def _has_answer(value: str | list[dict[str, str]] | None) -> bool:
+def _is_text(value: Any, may_be_empty: bool = False) -> bool:
+    """Whether a value is a text or a conversation, of the kinds that can be tokenised."""
     if isinstance(value, list):
-        return any(message["role"] == "assistant" and (message["content"] or "").strip() for message in value)
-    return bool(value and value.strip())
+        return (may_be_empty or bool(value)) and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str) and _is_text(message.get("content"))
+            for message in value
+        )
+    return isinstance(value, str)
 
 
-def _present(source: Source, rows: "Dataset", where: str) -> dict[str, str]:
+def _has_answer(value: str | list[dict[str, str]]) -> bool:
+    if isinstance(value, list):
+        return any(message["role"] == "assistant" and message["content"].strip() for message in value)
+    return bool(value.strip())
+
+
+def _renamed_columns(source: Source, rows: "Dataset", where: str) -> dict[str, str]:
     for theirs in source.columns.values():
         if theirs not in rows.column_names:
             raise UserError(f"{where} has no column `{theirs}`.{nearest(theirs, rows.column_names)}")

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llmdistill.data.batches import token_lengths
 from llmdistill.data.language import IGNORE_INDEX
 from llmdistill.evaluation.multiple_choice import score_choices
-from llmdistill.models import last_hidden_states, output_head
+from llmdistill.models import check_head, last_hidden_states, output_head
 from llmdistill.objectives.chunked import Head, select_tokens
 from llmdistill.objectives.divergences import forward_kl
 
@@ -96,14 +96,17 @@ def score_answers(
     heads = {name: head.cropped(size) for name, head in heads.items()}
     sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in models}
     num_counted = num_tokens = 0
-    for inputs, labels in batches(rows, batch_size, next(iter(models.values())).device):
+    for num_batches, (inputs, labels) in enumerate(batches(rows, batch_size, next(iter(models.values())).device)):
         counted = labels[:, 1:] != IGNORE_INDEX
         num_counted, num_tokens = num_counted + int(counted.sum()), num_tokens + int(inputs["attention_mask"].sum())
         hidden = {}
         for name, model in models.items():
             start = time.perf_counter()
-            hidden[name] = select_tokens(last_hidden_states(model, inputs)[0][:, :-1], counted)
+            states, last_logits = last_hidden_states(model, inputs)
             sums[name]["seconds"] += time.perf_counter() - start
+            if num_batches == 0:
+                check_head(heads[name], states, last_logits, name)
+            hidden[name] = select_tokens(states[:, :-1], counted)
         for name, part in _token_sums(heads, hidden, labels[:, 1:][counted], teacher).items():
             for key, value in part.items():
                 sums[name][key] += value
@@ -140,13 +143,14 @@ def write_answers(
     """
     from rouge_score.rouge_scorer import RougeScorer
 
+    pad = next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
     pairs = [_prompt_and_answer(row) for row in rows]
     written, examples, start = 0, [], time.perf_counter()
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         prompts = [torch.tensor(prompt) for prompt, _ in batch]
         padding = {"batch_first": True, "padding_side": "left"}
-        ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id or 0, **padding).to(model.device)
+        ids = pad_sequence(prompts, padding_value=pad, **padding).to(model.device)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **padding).to(model.device)
         answers = model.generate(
             input_ids=ids,
@@ -156,9 +160,10 @@ def write_answers(
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
         )[:, ids.shape[1] :]
-        written += int((answers != tokenizer.pad_token_id).sum())
+        written += int((answers != pad).sum())
         for (prompt, reference), answer in zip(batch, answers, strict=True):
             texts = (prompt, reference[:max_new_tokens], answer)
             decoded = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts)

@@ -1,8 +1,10 @@
 """Multiple-choice sets through lm-evaluation-harness, from files on this machine (extra `eval`)."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmdistill.data.language import read_file
 from llmdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,15 +19,11 @@ def check_file(path: str | Path) -> None:
     Raises:
         UserError: the harness is not installed, no such file, or a row without `query`, `choices` and `gold`.
     """
-    import datasets
-
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise UserError('multiple-choice sets need lm-evaluation-harness: `pip install "llmdistill[eval]"`.') from None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError('multiple-choice sets need lm-evaluation-harness: `pip install "llmdistill[eval]"`.')
     if not Path(path).is_file():
         raise UserError(f"there is no file `{path}`.")
-    rows = datasets.load_dataset("json", data_files=str(path), split="train")
+    rows = read_file(Path(path))
     if missing := FIELDS - set(rows.column_names):
         raise UserError(f"{path} has no field {', '.join(sorted(missing))}: expected rows of query, choices and gold.")
 

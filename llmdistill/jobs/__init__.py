@@ -20,7 +20,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModuleType, o
     """
     tree = recipe.read(path, overrides)
     method = tree.get("method")
-    if method not in JOBS:
+    if not isinstance(method, str) or method not in JOBS:
         got = f"got `{method}`." if method else "it is missing."
         raise recipe.RecipeError(f"{path} cannot be run:\n  method: expected a method, {got}{nearest(method, JOBS)}")
     job = importlib.import_module(f"llmdistill.jobs.{JOBS[method]}")

@@ -3,23 +3,25 @@
 import gc
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from llmdistill import models
 from llmdistill.data import language as data
 from llmdistill.distributed import leave_group, plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.errors import UserError
 from llmdistill.evaluation import language as evaluation
-from llmdistill.jobs.language_recipe import Lora, Recipe, check
+from llmdistill.jobs.language_recipe import Lora, Recipe, check, load_teacher_tokenizer
 from llmdistill.runs import RESULTS, Run, write_whole
 from llmdistill.students.init import choose_layers, cut_layers, layer_scores
-from llmdistill.trainers.taid import TaidTrainer
+from llmdistill.trainers.common import training_summary
+from llmdistill.trainers.taid import TaidConfig, TaidTrainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,21 +46,39 @@ def train(recipe: Recipe, tree: dict[str, Any]) -> None:
         if main:
             print(f"Already trained: {run.model}")
         return
-    prepare_deepspeed_on_cpu(arguments)
     tokenizer, rows = check(recipe)
-    with arguments.main_process_first(local=False):
-        if main:
-            run.keep_recipe()
-            if recipe.student.from_teacher and not run.student.is_dir():
-                with plain_loading(arguments):
-                    run.build(run.student, lambda folder: _make_student(recipe, tokenizer, rows, folder))
+    prepare_deepspeed_on_cpu(arguments)
+    with run.at_work() if main else nullcontext():
+        _train(recipe, run, tokenizer, rows)
 
-    trainer = _trainer(recipe, run, tokenizer, rows)
+
+def _train(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    arguments = recipe.training
+    main = arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        tokens = data.tokenize(rows, tokenizer, arguments.mask, arguments.max_length, arguments.dataset_num_proc)
+        if main and recipe.student.from_teacher and not run.student.is_dir():
+            with plain_loading(arguments):
+                run.build(run.student, lambda folder: _make_student(recipe, tokenizer, rows, folder))
+
     (checkpoint,) = broadcast_object_list([run.last_checkpoint() if main else None])
-    if main and checkpoint is not None:
-        print(f"Going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save(recipe, run, trainer)
+    trained = checkpoint and _finished(checkpoint, arguments)
+    if trained is None:
+        trainer = _trainer(recipe, run, tokenizer, tokens)
+        if main and checkpoint is not None:
+            print(f"Going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trained = run.folder / ".trained"
+        trainer.save_model(str(trained))  # every rank takes part where the student is sharded
+        state = trainer.final_state()
+    else:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if main:
+        summary = training_summary(state) | {"arguments": arguments.to_dict()}
+        write_whole(run.folder / "training.json", json.dumps(summary, indent=1) + "\n")
+        with plain_loading(arguments):
+            run.build(run.model, lambda folder: _save(recipe, tokenizer, tokens, trained, folder))
+        shutil.rmtree(run.folder / ".trained", ignore_errors=True)
 
 
 def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +99,7 @@ def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
     if results is None:
         tokenizer = models.load_tokenizer(str(run.model))
         max_length = section.max_length or recipe.training.max_length
-        rows = data.tokenize(data.load(section.data), tokenizer, recipe.training.mask, max_length)
+        rows = data.tokenize(data.load(section.data), tokenizer, "assistant", max_length)
         with plain_loading(recipe.training):
             compared = _load_compared(recipe, run)
         compared, answers = evaluation.compare(
@@ -115,24 +135,39 @@ def _make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Data
     tokenizer.save_pretrained(folder)
 
 
-def _trainer(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> TaidTrainer:
+def _finished(checkpoint: Path, arguments: TaidConfig) -> Path | None:
+    """Where the weights of a training lie that ended with this checkpoint, None where it has steps to go."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return None
+    return Path(state.best_model_checkpoint) if arguments.load_best_model_at_end else checkpoint
+
+
+def _trainer(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, tokens: Dataset) -> TaidTrainer:
     arguments, student = recipe.training, recipe.student
-    with arguments.main_process_first(local=False):
-        rows = data.tokenize(rows, tokenizer, arguments.mask, arguments.max_length)
     asked = arguments.label_weight < 1
-    return TaidTrainer(
-        model=models.load_causal_lm(
-            str(run.student) if student.from_teacher else student.model,
-            DTYPES[student.dtype],
-            trust_remote_code=student.trust_remote_code,
-        ),
-        teacher=_load_teacher(recipe) if asked else None,
-        args=arguments,
-        processing_class=tokenizer,
-        teacher_processing_class=models.load_tokenizer(recipe.teacher.model) if asked else None,
-        train_dataset=rows,
-        peft_config=None if student.lora is None else _lora_config(student.lora),
-    )
+    evaluated = {}
+    if arguments.eval_strategy != "no":
+        evaluated["eval_dataset"] = data.load(recipe.evaluation.data)
+    options = {"trust_remote_code": student.trust_remote_code}
+    try:
+        return TaidTrainer(
+            models.load_causal_lm(_beginning(recipe, run), DTYPES[student.dtype], **options),
+            teacher=_load_teacher(recipe) if asked else None,
+            args=arguments,
+            processing_class=tokenizer,
+            teacher_processing_class=load_teacher_tokenizer(recipe) if asked else None,
+            train_dataset=tokens,
+            peft_config=None if student.lora is None else _lora_config(student.lora),
+            **evaluated,
+        )
+    except ImportError as error:
+        raise UserError(f"The training needs a package that is not installed: {error}") from None
+
+
+def _beginning(recipe: Recipe, run: Run) -> str:
+    """The student before training."""
+    return str(run.student) if recipe.student.from_teacher else recipe.student.model
 
 
 def _load_teacher(recipe: Recipe) -> PreTrainedModel:
@@ -143,11 +178,10 @@ def _load_teacher(recipe: Recipe) -> PreTrainedModel:
 
 def _load_compared(recipe: Recipe, run: Run) -> dict[str, PreTrainedModel]:
     """The models of the results' table, ready to be asked."""
-    beginning = str(run.student) if recipe.student.from_teacher else recipe.student.model
     options = {"dtype": models.default_dtype(), "trust_remote_code": recipe.student.trust_remote_code}
     compared = {
         "student": models.load_causal_lm(str(run.model), **options),
-        "untrained student": models.load_causal_lm(beginning, **options),
+        "untrained student": models.load_causal_lm(_beginning(recipe, run), **options),
     }
     if recipe.teacher is not None:
         compared["teacher"] = _load_teacher(recipe)
@@ -166,23 +200,13 @@ def _lora_config(lora: Lora):
     )
 
 
-def _save(recipe: Recipe, run: Run, trainer: TaidTrainer) -> None:
-    """The finished student as plain transformers loads it, adapters merged, and the log of its training."""
-    unfinished = run.folder / ".trained"
-    trainer.save_model(str(unfinished))  # every rank takes part where the student is sharded
-    if recipe.training.process_index != 0:
-        return
-    write_whole(run.folder / "training.json", json.dumps(trainer.summary(), indent=1) + "\n")
-
-    def take(folder: Path) -> None:
-        if recipe.student.lora is not None:
-            with plain_loading(recipe.training):
-                models.load_causal_lm(str(unfinished), DTYPES[recipe.student.dtype]).save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
-            return
-        for file in unfinished.iterdir():
-            if file.name != "training_args.bin":  # a pickle, and of no use to who loads the model
-                file.rename(folder / file.name)
-
-    run.build(run.model, take)
-    shutil.rmtree(unfinished)
+def _save(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Dataset, trained: Path, folder: Path) -> None:
+    """The finished student as plain transformers loads it, adapters merged, and stopping where its answers end."""
+    student = models.load_causal_lm(str(trained), trust_remote_code=recipe.student.trust_remote_code)
+    stops = student.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else stops or []
+    end = data.end_of_answer(tokens, tokenizer)
+    if end is not None and end not in stops:
+        student.generation_config.eos_token_id = [*stops, end]
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """The recipe of the language job, and the proof that it can work."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,21 @@ from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.distributed import plain_loading
 from llmdistill.errors import UserError
 from llmdistill.evaluation.multiple_choice import check_file
+from llmdistill.students.init import check_layers
 from llmdistill.trainers.taid import TaidConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+IGNORED = (
+    ("model_init_kwargs", None, "the sections `student` and `teacher` say how models are loaded"),
+    ("trust_remote_code", False, "set it in the sections `student` and `teacher`"),
+    ("resume_from_checkpoint", None, "a run goes on from its last whole checkpoint by itself"),
+    ("push_to_hub", False, "push the finished model yourself"),
+)
+"""Settings of the trainer library that this job would pass over: name, default, what to do instead."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +109,12 @@ class Evaluation:
     multiple_choice: list[MultipleChoice] = field(default_factory=list)
     """Sets for lm-evaluation-harness (extra `eval`)."""
 
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("max_length", 1), ("generate", 0), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -118,8 +135,14 @@ class Recipe:
             raise ValueError(
                 "`teacher` is missing: only `training.label_weight: 1` with a `student.model` needs none."
             )
-        if not self.training.output_dir or self.training.output_dir == "trainer_output":
+        training = self.training
+        if not training.output_dir or training.output_dir == "trainer_output":
             raise ValueError("`training.output_dir` is missing: the folder of the run, e.g. runs/my-student.")
+        if training.eval_strategy != "no" and self.evaluation is None:
+            raise ValueError("`training.eval_strategy` needs an `evaluation` section with held-out rows.")
+        for name, default, remedy in IGNORED:
+            if getattr(training, name) != default:
+                raise ValueError(f"`training.{name}` has no effect in a recipe: {remedy}.")
 
     @property
     def tokenizer_source(self) -> str:
@@ -136,8 +159,6 @@ def check(recipe: Recipe) -> tuple["PreTrainedTokenizerBase", "Dataset"]:
     Raises:
         UserError: all faults that were found, one line each.
     """
-    import datasets
-
     faults: list[str] = []
 
     def attempt(key: str, action: Callable, *arguments: Any, **options: Any) -> Any:
@@ -147,70 +168,91 @@ def check(recipe: Recipe) -> tuple["PreTrainedTokenizerBase", "Dataset"]:
             faults.append(f"  {key}: {error}")
             return None
 
+    attempt("training", _check_launch, recipe.training)
     configs = {}
     for key, section in (("teacher", recipe.teacher), ("student", recipe.student)):
         if section is not None and section.model is not None:
             options = {"trust_remote_code": section.trust_remote_code}
             configs[key] = attempt(f"{key}.model", models.load_config, section.model, **options)
     sources = [attempt(f"data.{index}", data.load, source) for index, source in enumerate(recipe.data)]
+    lengths = {"training.max_length": recipe.training.max_length}
     if recipe.evaluation is not None:
         attempt("evaluation.data", data.load, recipe.evaluation.data)
         for index, choice in enumerate(recipe.evaluation.multiple_choice):
             attempt(f"evaluation.multiple_choice.{index}", check_file, choice.path)
-    for key, config in configs.items():
-        if config is not None:
-            attempt("training.max_length", _check_context, recipe, key, config)
+        if recipe.evaluation.max_length is not None:
+            lengths["evaluation.max_length"] = recipe.evaluation.max_length
+    for name, length in lengths.items():
+        attempt(name, _check_context, length, configs)
     if recipe.student.from_teacher and configs["teacher"] is not None:
-        attempt("student.layers", _check_layers, recipe.student.layers, configs["teacher"])
-    tokenizer = None
+        num_layers = configs["teacher"].get_text_config().num_hidden_layers
+        attempt("student.layers", check_layers, recipe.student.layers, num_layers)
+    tokenizer = rows = None
     if not faults:
+        rows = attempt("data", _together, sources)
         with plain_loading(recipe.training):
             tokenizer = attempt("student", _tokenizer, recipe, configs)
-        columns = {tuple(rows.column_names) for rows in sources}
-        if len(columns) > 1:
-            faults.append(f"  data: the sources have different kinds of rows: {sorted(columns)}. Use one kind.")
     if faults:
         raise UserError("The run cannot work:\n" + "\n".join(faults))
-    return tokenizer, datasets.concatenate_datasets(sources)
+    return tokenizer, rows
 
 
-def _check_context(recipe: Recipe, key: str, config: Any) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    wanted = recipe.training.max_length
+def _check_launch(training: TaidConfig) -> None:
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {training.n_gpu} GPUs. Start one process for each (torchrun --nproc-per-node "
+            f"{training.n_gpu} -m llmdistill ...), or show it one only (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if training.deepspeed is not None and "RANK" not in os.environ:
+        raise ValueError("`deepspeed` needs torchrun, also for one process: torchrun -m llmdistill ...")
+
+
+def _check_context(wanted: int | None, configs: dict[str, Any]) -> None:
     if wanted is None:
         raise ValueError("it must be a number: rows longer than the models' context cannot be fed to them.")
-    if context is not None and wanted > context:
-        raise ValueError(f"{wanted} tokens exceed the {key}'s context of {context}. Lower it.")
+    for key, config in configs.items():
+        context = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if context is not None and wanted > context:
+            raise ValueError(f"{wanted} tokens exceed the {key}'s context of {context}. Lower it.")
 
 
-def _check_layers(layers: int | list[int], config: Any) -> None:
-    total = config.get_text_config().num_hidden_layers
-    wanted = range(layers) if isinstance(layers, int) else layers
-    if not wanted or max(wanted) >= total or min(wanted) < 0 or list(wanted) != sorted(set(wanted)):
-        raise ValueError(
-            f"the teacher has {total} layers: give how many to keep (1 to {total}), or a rising list of numbers from "
-            f"0 to {total - 1}; got {layers}."
-        )
+def _together(sources: list["Dataset"]) -> "Dataset":
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets(sources)
+    except ValueError as error:
+        kinds = [str(source.features) for source in sources]
+        raise ValueError(f"the sources have different kinds of rows: {kinds}. Use one kind.") from error
 
 
 def _tokenizer(recipe: Recipe, configs: dict[str, Any]) -> "PreTrainedTokenizerBase":
     """The student's tokenizer, proven to be the teacher's; it borrows the teacher's chat template if it has none."""
     tokenizer = models.load_tokenizer(recipe.tokenizer_source, trust_remote_code=recipe.student.trust_remote_code)
     if "student" in configs and recipe.teacher is not None:
-        of_teacher = models.load_tokenizer(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
+        of_teacher = load_teacher_tokenizer(recipe)
         sizes = (configs[key].get_text_config().vocab_size for key in ("student", "teacher"))
         shared_vocabulary(tokenizer, of_teacher, *sizes)
         if tokenizer.chat_template is None and of_teacher.chat_template is not None:
             warnings.warn("The student has no chat template: it takes the teacher's.", stacklevel=2)
             tokenizer.chat_template = of_teacher.chat_template
-        if _num_parameters(configs["student"]) > _num_parameters(configs["teacher"]):
+        student_size, teacher_size = (
+            _num_parameters(configs[key], section.trust_remote_code)
+            for key, section in (("student", recipe.student), ("teacher", recipe.teacher))
+        )
+        if student_size > teacher_size:
             warnings.warn("The student is larger than its teacher.", stacklevel=2)
     return tokenizer
 
 
-def _num_parameters(config: Any) -> int:
+def load_teacher_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies beside the teacher."""
+    return models.load_tokenizer(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
+
+
+def _num_parameters(config: Any, trust_remote_code: bool) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()

@@ -102,6 +102,10 @@ def chunked_divergence(
 
 def select_tokens(hidden: Tensor, counted: Tensor) -> Tensor:
     """The hidden states of the counted tokens: `[..., H]` and bool `[...]` -> `[N, H]`."""
+    if hidden.shape[:-1] != counted.shape:
+        raise ValueError(
+            f"Hidden states of {tuple(hidden.shape[:-1])} tokens, but {tuple(counted.shape)} are labelled."
+        )
     indices = counted.flatten().nonzero().squeeze(1)
     return hidden.flatten(0, -2).index_select(0, indices)
 

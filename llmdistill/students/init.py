@@ -45,14 +45,27 @@ def layer_scores(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[floa
     return scores
 
 
+def check_layers(layers: int | Sequence[int], num_layers: int) -> None:
+    """Refuse layers that a model of `num_layers` cannot keep: a number of them, or a list.
+
+    Raises:
+        ValueError: a number outside 1 to `num_layers`, or a list that is empty, not rising or leads outside the model.
+    """
+    kept = list(range(layers)) if isinstance(layers, int) else list(layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_layers:
+        raise ValueError(
+            f"The teacher has {num_layers} layers: give how many to keep (1 to {num_layers}), or a rising list of "
+            f"numbers from 0 to {num_layers - 1}; got {layers}."
+        )
+
+
 def choose_layers(scores: Sequence[float], num_layers: int) -> list[int]:
     """The layers to keep: the `num_layers` with the largest scores, in their order.
 
     Raises:
         ValueError: `num_layers` is not between 1 and the number of scores.
     """
-    if not 1 <= num_layers <= len(scores):
-        raise ValueError(f"Cannot keep {num_layers} of {len(scores)} layers.")
+    check_layers(num_layers, len(scores))
     kept = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)[:num_layers]
     return sorted(kept)
 
@@ -64,10 +77,7 @@ def cut_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
         ValueError: the list is empty, not rising, or names a layer that the model has not.
     """
     config, num_layers = model.config.get_text_config(), len(decoder_layers(model))
-    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_layers:
-        raise ValueError(
-            f"The layers to keep must be rising numbers from 0 to {num_layers - 1}, each once; got {list(kept)}."
-        )
+    check_layers(kept, num_layers)
     decoder, name = model.get_decoder(), _layers_name(model)
     setattr(decoder, name, nn.ModuleList(getattr(decoder, name)[index] for index in kept))
     for key, value in config.to_dict().items():  # per-layer settings such as `layer_types`

@@ -32,10 +32,6 @@ class DistillationMixin:
         self._evaluated: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._train_sampler: Sampler | None = None
         super().__init__(*args, **kwargs)
-        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
-            raise ValueError(
-                "`average_tokens_across_devices: false` would weigh tokens by the rank they fall on: leave it true."
-            )
         self.model_accepts_loss_kwargs = True  # so that the library counts num_items_in_batch for every model
         self._clock = StepCallback(self)
         self.add_callback(self._clock)
@@ -121,7 +117,8 @@ class DistillationMixin:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._train_sampler = LengthGroupedSampler(token_lengths(train_dataset), rows_per_step, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._train_sampler = LengthGroupedSampler(token_lengths(train_dataset), rows_per_step, seed)
         return self._train_sampler
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -135,18 +132,12 @@ class DistillationMixin:
         if self.args.should_save:
             folder = self._get_output_dir(trial)
             checkpoints.close(f"{folder}/checkpoint-{self.state.global_step}")
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def summary(self) -> dict:
-        """What a training took and how it went, over all its sessions: for `training.json`."""
-        return {
-            "optimizer_steps": self.state.global_step,
-            "epochs": self.state.epoch,
-            "seconds": self._clock.seconds(),
-            "processes": self.accelerator.num_processes,
-            "peak_memory_bytes": _peak_memory_bytes(self.accelerator.device),
-            "log": self.state.log_history,
-        }
+    def final_state(self) -> TrainerState:
+        """The library's state with this trainer's own part up to date, as a checkpoint would hold it."""
+        self.state.stateful_callbacks[StepCallback.__name__] = self._clock.state()
+        return self.state
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The libraries' cards know nothing of the teacher, so none is written."""
@@ -163,6 +154,7 @@ class StepCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Hand over the number of steps, then the state of the checkpoint that is resumed."""
         self._start = time.monotonic()
+        self.trainer._step_terms.clear()  # of a step that failed, where the library tries again with smaller batches
         self.trainer.on_train_begin(state.max_steps)
         if state.global_step > 0:
             saved = state.stateful_callbacks[type(self).__name__]["attributes"]
@@ -178,13 +170,28 @@ class StepCallback(TrainerCallback, ExportableState):
         """After every optimizer step."""
         self.trainer.finish_step()
 
-    def seconds(self) -> float:
-        """Of training so far, in all sessions."""
-        return self._earlier_seconds + time.monotonic() - self._start
-
     def state(self) -> dict:
         """For `trainer_state.json`."""
-        return {"args": {}, "attributes": {"seconds": self.seconds(), "trainer": self.trainer.resumable_state()}}
+        attributes = {
+            "seconds": self._earlier_seconds + time.monotonic() - self._start,
+            "peak_memory_bytes": _peak_memory_bytes(self.trainer.args.device),
+            "processes": self.trainer.args.world_size,
+            "trainer": self.trainer.resumable_state(),
+        }
+        return {"args": {}, "attributes": attributes}
+
+
+def training_summary(state: TrainerState) -> dict:
+    """What a training took and how it went, over all its sessions, from its final state."""
+    own = state.stateful_callbacks[StepCallback.__name__]["attributes"]
+    return {
+        "optimizer_steps": state.global_step,
+        "epochs": state.epoch,
+        "seconds": own["seconds"],
+        "processes": own["processes"],
+        "peak_memory_bytes": own["peak_memory_bytes"],
+        "log": state.log_history,
+    }
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

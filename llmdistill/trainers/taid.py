@@ -1,14 +1,18 @@
 """TAID, and with it plain distillation by any divergence and supervised fine-tuning: one program for all of them."""
 
+import importlib.util
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from llmdistill.data import language as data
 from llmdistill.data.language import IGNORE_INDEX
 from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.models import check_head, has_fast_bfloat16, last_hidden_states, output_head, unwrapped
@@ -26,6 +30,24 @@ from llmdistill.teachers.language import LanguageTeacher
 from llmdistill.trainers.common import DistillationMixin, freeze, place_frozen
 
 logger = get_logger(__name__)
+
+REFUSED = (
+    ("label_smoothing_factor", 0.0, "this loss knows no smoothed labels"),
+    ("loss_type", "nll", "this loss is the one of `divergence`"),
+    ("chat_template_path", None, "set the chat template of the student's tokenizer"),
+    ("eos_token", None, "set it in the student's tokenizer"),
+    ("completion_only_loss", None, "say `mask: assistant` or `mask: all`"),
+    ("assistant_only_loss", False, "say `mask: assistant` or `mask: all`"),
+    ("truncation_mode", "keep_start", "rows are cut at their end"),
+    ("dataset_text_field", "text", "name the column `text`"),
+    ("dataset_kwargs", None, "pass rows with `input_ids` and `labels` to skip tokenising"),
+    ("padding_free", False, "`packing: true` is the form without padding"),
+    ("save_only_model", False, "a run that goes on would have lost its optimizer"),
+    ("restore_callback_states_from_checkpoint", False, "what has to be restored is restored"),
+    ("parallelism_config", None, "tensor, context and sequence parallelism are not supported"),
+    ("average_tokens_across_devices", True, "tokens would be weighed by the rank they fall on"),
+)
+"""Settings of the trainer library that this trainer cannot honour: name, default, why or what instead."""
 
 
 @dataclass(kw_only=True)
@@ -66,12 +88,14 @@ class TaidConfig(SFTConfig):
             self.use_cpu = True  # DeepSpeed and bf16 on a CPU need it said
         if self.bf16 is None and not self.fp16:
             self.bf16 = has_fast_bfloat16()
+        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError('`deepspeed` is not installed: `pip install "llmdistill[deepspeed]"`')
+        faults = [f"`{name}`: {reason}" for name, default, reason in REFUSED if getattr(self, name) != default]
         super().__post_init__()
-        faults = []
+        if self.fsdp:
+            faults.append("`fsdp` is not supported yet: shard with `deepspeed`")
         if not 0 <= self.label_weight <= 1:
             faults.append(f"`label_weight` must lie in [0, 1], got {self.label_weight}")
-        if self.label_smoothing_factor or self.loss_type != "nll":
-            faults.append("`label_smoothing_factor` and `loss_type` have no effect on this loss: remove them")
         if self.schedule == "reference" and self.divergence != "forward_kl":
             faults.append("`schedule: reference` takes the cross-entropy: leave `divergence` at forward_kl")
         probe = torch.zeros(2)
@@ -126,9 +150,11 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
             raise ValueError("`teacher` is missing; only `label_weight: 1` (fine-tuning) does without one.")
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("`compute_metrics` needs full logits, which never exist here; evaluate the saved model.")
-        columns = set(next(iter(kwargs["train_dataset"])))
-        args.assistant_only_loss = args.mask == "assistant" and "messages" in columns
-        args.completion_only_loss = args.mask == "assistant" if {"prompt", "completion"} <= columns else None
+        if args.packing and args.world_size > 1 and kwargs.get("eval_dataset") is not None:
+            raise ValueError("Packed rows cannot be evaluated exactly over several processes: leave `packing` off.")
+        with args.main_process_first(local=False):
+            for name in ("train_dataset", "eval_dataset"):
+                kwargs[name] = _tokenized(kwargs.get(name), processing_class, args)
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError(
@@ -146,6 +172,10 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
             self._vocabulary_size = self._shared_vocabulary(teacher, teacher_processing_class)
             self.teacher = LanguageTeacher(place_frozen(freeze(teacher), self), self._vocabulary_size)
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """The library's evaluation; raw rows are tokenised as those of the training were."""
+        return super().evaluate(_tokenized(eval_dataset, self.processing_class, self.args), *args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -161,16 +191,17 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
             raise ValueError("Full logits never exist here, so there are no outputs to return.")
         labels = inputs.pop("labels")[:, 1:]  # position s predicts token s + 1
         counted = labels != IGNORE_INDEX  # [B, S - 1]
-        hidden, last_logits = last_hidden_states(model, inputs)
-        head = output_head(model, self._vocabulary_size)
-        if not self._head_is_proven:
-            check_head(head, hidden, last_logits, "student")
-            self._head_is_proven = True
+        with self.accelerator.autocast():  # the library's own covers the models' forward only
+            hidden, last_logits = last_hidden_states(model, inputs)
+            head = output_head(model, self._vocabulary_size)
+            if not self._head_is_proven:
+                check_head(head, hidden, last_logits, "student")
+                self._head_is_proven = True
 
-        terms = self._terms(inputs, labels, counted)
-        weights = [self._weights[name] for name in terms]
-        hidden = select_tokens(hidden[:, :-1], counted)
-        total, values = chunked_terms(hidden, head, list(terms.values()), weights, self.args.loss_chunk_bytes)
+            terms = self._terms(inputs, labels, counted)
+            weights = [self._weights[name] for name in terms]
+            hidden = select_tokens(hidden[:, :-1], counted)
+            total, values = chunked_terms(hidden, head, list(terms.values()), weights, self.args.loss_chunk_bytes)
 
         def mean(per_token: Tensor, name: str) -> Tensor:
             return self.mean_over_step(spread_tokens(per_token, counted), counted, num_items_in_batch, name)
@@ -227,6 +258,10 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
                     f"The student's vocabulary has {student_size:,} rows, the teacher's {teacher_size:,}: pass "
                     "`teacher_processing_class` to prove that the shared ids mean the same."
                 )
+            warnings.warn(
+                "Nothing proves that student and teacher speak one vocabulary: pass `teacher_processing_class`.",
+                stacklevel=3,
+            )
             return student_size
         size = shared_vocabulary(self.processing_class, teacher_processing_class, student_size, teacher_size)
         if student_size != teacher_size:
@@ -235,3 +270,27 @@ class TaidTrainer(DistillationMixin, SFTTrainer):
                 f"cropped to the {size:,} ids that both tokenizers were proven to share."
             )
         return size
+
+
+def _tokenized(rows, tokenizer: PreTrainedTokenizerBase | None, args: TaidConfig):
+    """Rows as `input_ids` and `labels`; those that are tokenised already, names and None stay as they are."""
+    if isinstance(rows, dict):
+        return {name: _tokenized(part, tokenizer, args) for name, part in rows.items()}
+    if rows is None or isinstance(rows, str):
+        return rows
+    columns = set(next(iter(rows), {}))
+    if "input_ids" in columns:
+        if "labels" not in columns:
+            raise ValueError("Tokenised rows need `labels` too, -100 where a token does not count.")
+        return rows
+    shape = data.shape_of(columns)
+    if shape is None or not isinstance(rows, Dataset):
+        raise ValueError(
+            f"Rows have {', '.join(sorted(columns)) or 'no columns'}: expected a `Dataset` with `messages`, `prompt` "
+            "and `completion`, or `text`; or any data set with `input_ids` and `labels`."
+        )
+    if tokenizer is None:
+        raise ValueError("`processing_class` is missing: rows are tokenised with the student's tokenizer.")
+    rows = rows.select_columns(list(shape))
+    data.check(rows, "the data set")
+    return data.tokenize(rows, tokenizer, args.mask, args.max_length, args.dataset_num_proc)

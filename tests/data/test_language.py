@@ -4,10 +4,10 @@ import gzip
 import json
 
 import pytest
-from conftest import make_tokenizer
+from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
 
-from llmdistill.data.language import IGNORE_INDEX, Source, load, tokenize
+from llmdistill.data.language import IGNORE_INDEX, Source, end_of_answer, load, tokenize
 from llmdistill.errors import UserError
 
 
@@ -61,6 +61,9 @@ def test_messages_come_before_a_bare_prompt(tmp_path):
         ([{"messages": [{"role": "user", "content": "a"}]}] * 2, "2 rows have no answer in `messages`.*row 1"),
         ([{"text": ""}], "no answer in `text`"),
         ([{"question": "a", "answer": "b"}], "columns question, answer: expected `messages`"),
+        ([{"messages": [{"from": "user", "value": "a"}]}], "row 1 is neither text nor a conversation"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], "row 2 is neither"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "row 1 is neither"),
     ],
 )
 def test_rows_without_an_answer_are_refused(tmp_path, rows, complaint):
@@ -85,6 +88,7 @@ def test_a_broken_line_is_named(tmp_path):
     [
         ({"path": "nowhere.jsonl"}, "no file or folder `nowhere.jsonl`"),
         ({"path": "./nowhere"}, "no file or folder"),
+        ({"path": __file__}, "must end in .jsonl"),
         ({"path": "samples/gsm9k"}, "Did you mean `gsm8k`"),
         ({"path": "samples/gsm8k", "split": "tset"}, "Did you mean `test`"),
         ({"path": "samples/gsm8k", "columns": {"text": "answr"}}, "no column `answr`"),
@@ -144,9 +148,48 @@ def test_rows_are_cut_and_rows_without_labels_dropped(tokenizer):
         tokenize(Dataset.from_list(rows[:1]), tokenizer, "assistant", 20)
 
 
-def test_a_template_that_rewrites_the_past_is_refused():
+TURNS = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+
+
+def test_a_template_that_rewrites_the_past_needs_mask_all():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    tokenizer.chat_template += "{% if not add_generation_prompt %}closed{% endif %}"
+    rows = Dataset.from_list([{"messages": TURNS}])
     with pytest.raises(UserError, match="mask: all"):
-        tokenize(Dataset.from_list([{"messages": messages}]), tokenizer, "assistant", 64)
+        tokenize(rows, tokenizer, "assistant", 64)
+    (row,) = tokenize(rows, tokenizer, "all", 64)
+    assert tokenizer.decode(row["input_ids"]).endswith("assistant<|end|>closed")
+    assert row["labels"][1:] == row["input_ids"][1:]
+
+
+@pytest.mark.parametrize("answer", ["\n\nthree", "  three", " \n", "\nthree\n\n"])
+def test_answers_may_begin_and_end_with_spaces(tokenizer, answer):
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}, *TURNS]
+    (row,) = tokenize(Dataset.from_list([{"messages": messages}]), tokenizer, "assistant", 64)
+    assert counted_text(row, tokenizer) == f"{answer}<|end|>assistant<|end|>assistant<|end|>"
+
+
+def test_a_token_that_merges_prompt_and_answer_counts():
+    tokenizer = make_tokenizer("x\n\n\ny " * 50)  # learns to join line breaks
+    row = {"prompt": "x\n", "completion": "\n\ny"}
+    (row,) = tokenize(Dataset.from_list([row]), tokenizer, "assistant", 64)
+    assert counted_text(row, tokenizer).endswith("y<|end|>")
+    assert counted_text(row, tokenizer).startswith("\n\n")
+
+
+def test_a_conversation_may_begin_with_an_answer(tokenizer):
+    (row,) = tokenize(Dataset.from_list([{"messages": TURNS[1:]}]), tokenizer, "assistant", 64)
+    assert counted_text(row, tokenizer).endswith("assistant<|end|>assistant<|end|>")
+
+
+def test_a_row_that_the_template_refuses_is_named(tokenizer):
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + CHAT_TEMPLATE
+    rows = [{"messages": TURNS}, {"messages": [{"role": "system", "content": "be brief"}, *TURNS]}]
+    with pytest.raises(UserError, match="refuses row 2: no system role"):
+        tokenize(Dataset.from_list(rows), strict, "assistant", 64)
+
+
+def test_the_special_token_that_ends_answers_is_found(tokenizer):
+    rows = tokenize(Dataset.from_list([{"messages": TURNS}]), tokenizer, "assistant", 64)
+    assert end_of_answer(rows, tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tokenizer
 
 from llmdistill.data.language import IGNORE_INDEX
 from llmdistill.evaluation.language import compare, score_answers, table, write_answers
@@ -49,6 +50,12 @@ def test_the_batch_size_changes_nothing(models, tokenized, batch_size):
     other = score_answers(models, tokenized, batch_size=batch_size, teacher="teacher")["student"]
     for key in ("answer_cross_entropy", "kl_to_teacher", "top1_agreement"):
         assert one[key] == pytest.approx(other[key], rel=1e-5)
+
+
+def test_a_head_that_is_not_known_is_not_scored(models, tokenized):
+    models["student"].lm_head.register_forward_hook(lambda layer, inputs, logits: 2 * logits)
+    with pytest.raises(ValueError, match="student's architecture"):
+        score_answers(models, tokenized)
 
 
 def test_without_a_teacher_there_is_no_distance_to_one(models, tokenized):
@@ -120,6 +127,16 @@ def test_the_script_judges_models_from_folders(workspace):
     assert result.returncode == 0, result.stderr
     assert "cross-entropy of the answers" in result.stdout
     assert set(json.loads((workspace / "out.json").read_text())) == {"mine", "teacher"}
+
+
+def test_the_script_refuses_models_of_different_vocabularies(workspace):
+    make_tokenizer("entirely different words with other merges " * 3).save_pretrained(workspace / "teacher")
+    command = [sys.executable, str(SCRIPT), "--model", f"{workspace}/student", "--teacher", f"{workspace}/teacher"]
+    result = subprocess.run(
+        [*command, "--data", f"{workspace}/test.jsonl"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "different vocabularies" in result.stderr
 
 
 def test_the_script_says_what_is_missing(workspace):

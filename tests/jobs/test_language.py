@@ -156,16 +156,66 @@ def test_a_killed_run_goes_on_to_the_same_end(long_recipe):
         assert torch.equal(value, load_file(resumed / "model" / "model.safetensors")[name]), name
 
 
-def test_ctrl_c_is_a_message_and_whole_checkpoints(long_recipe):
+def test_ctrl_c_is_a_message_and_whole_checkpoints(long_recipe, capsys):
     process = start(long_recipe)
-    wait_for(long_recipe / "run" / "checkpoint-40", process)
+    wait_for(long_recipe / "run" / "checkpoint-80", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Run the same command again" in output
     assert "Traceback" not in output
-    checkpoints.remove_broken(long_recipe / "run")
     assert not (long_recipe / "run" / "model").exists()
+    assert checkpoints.last_whole(long_recipe / "run") is not None
+    run = do("train", long_recipe)
+    assert "Going on from" in capsys.readouterr().out
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_a_run_that_was_stopped_after_its_last_step_trains_no_further(workspace, monkeypatch):
+    run = do("train", workspace)
+    first = load_file(run / "model" / "model.safetensors")
+    summary = json.loads((run / "training.json").read_text())
+    (run / "model").rename(workspace / "first")
+    monkeypatch.setattr(TaidTrainer, "train", lambda *arguments, **options: pytest.fail("trained again"))
+    do("train", workspace)
+    second = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((run / "training.json").read_text())["optimizer_steps"] == summary["optimizer_steps"] == 6
+
+
+def test_two_processes_do_not_share_a_folder(long_recipe):
+    process = start(long_recipe)
+    wait_for(long_recipe / "run" / "recipe.yaml", process)
+    with pytest.raises(UserError, match="Another process is at work"):
+        do("train", long_recipe)
+    process.kill()
+    process.wait()
+
+
+def test_a_recipe_can_be_mended_until_something_would_be_lost(workspace):
+    cut = "student={from_teacher: true, layers: 2}"
+    with pytest.raises(UserError, match="raise `max_length`"):
+        do("train", workspace, cut, "training.max_length=3")
+    do("train", workspace, cut, "training.max_steps=1", "student.layers=3")  # another student, and rows that fit
+    kept = AutoModelForCausalLM.from_pretrained(workspace / "run" / "model")
+    assert kept.config.num_hidden_layers == 3
+
+
+def test_the_student_stops_where_its_answers_end(workspace):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<pad>"  # a base model that knows another end
+    for name in ("student", "teacher"):
+        tokenizer.save_pretrained(workspace / name)
+    run = do("train", workspace, "training.max_steps=1")
+    stops = AutoModelForCausalLM.from_pretrained(run / "model").generation_config.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in (stops if isinstance(stops, list) else [stops])
+
+
+def test_held_out_rows_can_be_followed_while_training(workspace):
+    overrides = ("training.eval_strategy=steps", "training.eval_steps=2", "training.load_best_model_at_end=true")
+    run = do("train", workspace, *overrides, "training.metric_for_best_model=loss")
+    log = json.loads((run / "training.json").read_text())["log"]
+    assert len([entry for entry in log if "eval_loss" in entry]) == 3
 
 
 def test_half_written_checkpoints_are_removed_and_the_one_before_is_used(workspace, capsys):
@@ -181,9 +231,12 @@ def test_half_written_checkpoints_are_removed_and_the_one_before_is_used(workspa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_full_disk_is_a_message_and_loses_nothing(workspace):
+@pytest.mark.parametrize("share_of_the_model", [0.5, 1.2])  # the model's file fails, or only the larger optimizer's
+def test_a_full_disk_is_a_message_and_loses_nothing(workspace, share_of_the_model):
+    limit = int(share_of_the_model * (workspace / "student" / "model.safetensors").stat().st_size)
+
     def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start(
         workspace, preexec_fn=small_files_only, env=os.environ | {"HF_DATASETS_CACHE": str(workspace / "c")}
@@ -204,6 +257,8 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
     elif case == "no answer":
         row = {"prompt": "a", "completion": ""}
         (workspace / "train.jsonl").write_text(json.dumps(row) + "\n")
+    elif case == "kinds":
+        (workspace / "texts.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     elif case == "tokenizer":
         make_tokenizer("entirely different words with other merges " * 3).save_pretrained(workspace / "student")
     return {
@@ -217,6 +272,9 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
         "layers": ["student={from_teacher: true, layers: 9}"],
         "layer list": ["student={from_teacher: true, layers: [0, 4]}"],
         "choice file": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/nothing.jsonl}}]"],
+        "choices": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/train.jsonl}}]"],
+        "deepspeed": [f"training.deepspeed={Path(__file__).parents[2]}/recipes/deepspeed/zero2.json"],
+        "kinds": [f"data=[{{path: {workspace}/train.jsonl}}, {{path: {workspace}/texts.jsonl}}]"],
     }.get(case, [])
 
 
@@ -233,9 +291,12 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
         ("split", r"evaluation\.data: `samples/gsm8k` has no split `dev`"),
         ("context", r"training\.max_length: 4096 tokens exceed the teacher's context of 128"),
         ("no length", r"training\.max_length: it must be a number"),
-        ("layers", r"student\.layers: the teacher has 4 layers"),
-        ("layer list", r"student\.layers: the teacher has 4 layers"),
+        ("layers", r"student\.layers: The teacher has 4 layers"),
+        ("layer list", r"student\.layers: The teacher has 4 layers"),
         ("choice file", r"evaluation\.multiple_choice\.0: there is no file"),
+        ("choices", r"evaluation\.multiple_choice\.0: .*train\.jsonl has no field choices, gold, query"),
+        ("deepspeed", r"training: `deepspeed` needs torchrun"),
+        ("kinds", r"data: the sources have different kinds of rows"),
     ],
 )
 def test_bad_input_is_named_before_any_weights_are_loaded(workspace, monkeypatch, case, complaint):
@@ -264,6 +325,9 @@ def test_several_faults_come_together(workspace):
         ("student.layers=3", "needs `from_teacher: true`"),
         ("teacher=null", "`teacher` is missing"),
         ("training.output_dir=null", "`training.output_dir` is missing"),
+        ("training.push_to_hub=true", "`training.push_to_hub` has no effect"),
+        ("evaluation.batch_size=0", "`batch_size` must be at least 1"),
+        ("evaluation.generate=-1", "`generate` must be at least 0"),
         ("training.learning_rat=1.0", "Did you mean `learning_rate`"),
     ],
 )

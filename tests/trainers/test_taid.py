@@ -10,9 +10,10 @@ from datasets import Dataset
 from watch import LargestTensor
 
 from llmdistill import checkpoints
-from llmdistill.data.language import IGNORE_INDEX, tokenize
+from llmdistill.data.language import IGNORE_INDEX
 from llmdistill.objectives.divergences import DIVERGENCES, cross_entropy, forward_kl
 from llmdistill.objectives.taid import interpolate_logits
+from llmdistill.trainers.common import training_summary
 from llmdistill.trainers.taid import TaidConfig, TaidTrainer
 
 
@@ -161,10 +162,16 @@ def test_the_teacher_is_frozen_silent_and_unchanged(make_trainer, make_model):
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (4, 2), (1, 8)])
-def test_accumulation_changes_nothing(make_trainer, batch, accumulation):
+def test_accumulation_changes_nothing(make_trainer, tokenized, batch, accumulation):
+    rows = tokenized.select(range(21))  # no multiple of a step
+
     def run(batch: int, accumulation: int):
         trainer = make_trainer(
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, optim="sgd", max_steps=5
+            dataset=rows,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            max_steps=5,
         )
         trainer.train()
         return trainer
@@ -246,6 +253,40 @@ def test_a_batch_without_labels_is_a_finite_zero(make_trainer):
         assert (parameter.grad == 0).all()
 
 
+def test_mixed_precision_reaches_the_loss(make_trainer, monkeypatch):
+    seen = []
+
+    def watched(student_logits, target_logits):
+        seen.append(student_logits.dtype)
+        return forward_kl(student_logits, target_logits)
+
+    exact = make_trainer("exact", schedule="constant", t_start=1.0)
+    mixed = make_trainer("mixed", schedule="constant", t_start=1.0, bf16=True)
+    monkeypatch.setitem(DIVERGENCES, "forward_kl", watched)
+    for trainer, dtype in ((exact, torch.float32), (mixed, torch.bfloat16)):
+        seen.clear()
+        trainer.train()
+        assert set(seen) == {dtype}
+    assert losses(mixed) == pytest.approx(losses(exact), rel=0.03)
+    assert all(parameter.dtype == torch.float32 for parameter in mixed.model.parameters())
+
+
+def test_activation_checkpointing_changes_nothing(make_trainer):
+    plain = make_trainer("plain")
+    checkpointed = make_trainer("checkpointed", activation_checkpointing=True)
+    for trainer in (plain, checkpointed):
+        trainer.train()
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_prompt_tuning_would_shift_the_labels_and_is_refused(make_trainer):
+    from peft import PromptTuningConfig
+
+    virtual = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="are labelled"):
+        make_trainer(extra={"peft_config": virtual}).train()
+
+
 def test_a_non_finite_loss_does_not_move_t(make_trainer):
     trainer = make_trainer(schedule="adaptive", t_step_size=0.5)
     trainer.on_train_begin(10)
@@ -281,6 +322,8 @@ def test_padded_heads_are_cropped_to_the_shared_ids(make_trainer, make_model, to
 def test_heads_of_different_size_need_the_teachers_tokenizer(make_trainer, make_model, tokenizer):
     with pytest.raises(ValueError, match="teacher_processing_class"):
         make_trainer(teacher=make_model(4, 48, vocab_size=len(tokenizer) + 8), tokenizers=(tokenizer, None))
+    with pytest.warns(UserWarning, match="Nothing proves"):
+        make_trainer(tokenizers=(tokenizer, None))
 
 
 def test_another_vocabulary_is_refused(make_trainer, tokenizer):
@@ -289,14 +332,54 @@ def test_another_vocabulary_is_refused(make_trainer, tokenizer):
         make_trainer(tokenizers=(tokenizer, other))
 
 
-@pytest.mark.parametrize(("mask", "counted"), [("assistant", "answers"), ("all", "everything")])
-def test_raw_rows_as_in_trl(make_trainer, tokenizer, mask, counted):
-    rows = make_rows(4)
-    trainer = make_trainer(dataset=Dataset.from_list(rows), mask=mask)
-    ours = tokenize(Dataset.from_list(rows), tokenizer, mask, 64)
-    for theirs, expected in zip(trainer.train_dataset, ours, strict=True):
-        assert theirs["input_ids"] == expected["input_ids"]
-        assert theirs["labels"][1:] == expected["labels"][1:]
+CONVERSATION = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+TEXTS = [{"prompt": "one two", "completion": " three"}, {"prompt": "four", "completion": " five six"}]
+
+
+@pytest.mark.parametrize("mask", ["assistant", "all"])
+@pytest.mark.parametrize("shape", ["conversations", "texts", "messages", "text"])
+def test_raw_rows_as_in_trl(make_trainer, make_model, tokenizer, shape, mask):
+    from trl import SFTConfig, SFTTrainer
+
+    template = tokenizer.chat_template
+    rows = Dataset.from_list(
+        {
+            "conversations": make_rows(4),
+            "texts": TEXTS,
+            "messages": [{"messages": CONVERSATION}],
+            "text": [{"text": row["prompt"]} for row in TEXTS],
+        }[shape]
+    )
+    ours = make_trainer(dataset=rows, mask=mask, extra={"eval_dataset": rows})
+    masks = {"completion_only_loss": mask == "assistant"} if "prompt" in rows.column_names else {}
+    if shape == "messages" and mask == "assistant":
+        masks = {"assistant_only_loss": True}
+        answer = "{{ message['content'] + '<|end|>' }}"
+        tokenizer = copy.deepcopy(tokenizer)  # TRL needs to be told in the template what an answer is
+        tokenizer.chat_template = (
+            "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+            f"{{% generation %}}{answer}{{% endgeneration %}}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+        )
+    settings = {name: getattr(ours.args, name) for name in SHARED_SETTINGS}
+    theirs = SFTTrainer(
+        make_model(),
+        SFTConfig(**settings, output_dir=ours.args.output_dir, **masks),
+        processing_class=tokenizer,
+        train_dataset=rows,
+    )
+    assert template == ours.processing_class.chat_template
+    for our_row, their_row in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+        assert our_row["input_ids"] == their_row["input_ids"]
+        assert our_row["labels"][1:] == their_row["labels"][1:]
+    assert ours.eval_dataset.to_list() == ours.train_dataset.to_list()
+    assert ours.evaluate(rows)["eval_loss"] == pytest.approx(ours.evaluate()["eval_loss"])
+
+
+def test_rows_that_cannot_be_told_are_refused(make_trainer, tokenized):
+    with pytest.raises(ValueError, match="need `labels` too"):
+        make_trainer(dataset=tokenized.remove_columns("labels"))
+    with pytest.raises(ValueError, match="expected a `Dataset` with `messages`"):
+        make_trainer(dataset=Dataset.from_list([{"question": "a"}]))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +390,10 @@ def test_raw_rows_as_in_trl(make_trainer, tokenizer, mask, counted):
         ({"divergence": "skewed_forward_kl", "divergence_options": {"skew": 2.0}}, "`skew`"),
         ({"divergence_options": {"skw": 0.1}}, "skw"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"assistant_only_loss": True}, "say `mask: assistant`"),
+        ({"save_only_model": True}, "lost its optimizer"),
+        ({"chat_template_path": "x"}, "chat template of the student's tokenizer"),
+        ({"deepspeed": "nowhere.json"}, "nowhere.json"),
         ({"schedule": "reference", "divergence": "reverse_kl"}, "reference"),
     ],
 )
@@ -341,7 +428,7 @@ def test_checkpoints_are_closed_and_old_ones_go_only_then(make_trainer, monkeypa
     state = json.loads((last / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["StepCallback"]["attributes"]
     assert saved["trainer"] == trainer.schedule.state_dict()
-    assert 0 < saved["seconds"] <= trainer.summary()["seconds"]
+    assert 0 < saved["seconds"] <= training_summary(trainer.final_state())["seconds"]
 
 
 def test_full_logits_of_neither_model_ever_exist(make_trainer, tokenizer):
