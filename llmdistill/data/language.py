@@ -84,7 +84,7 @@ def read_file(file: Path) -> "Dataset":
         return datasets.load_dataset(_builder(file), data_files=str(file), split="train")
     except StopIteration:
         raise UserError(f"{file} is empty: it has no rows.") from None
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
 
 
