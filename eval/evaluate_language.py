@@ -50,13 +50,14 @@ def evaluate(names: dict[str, str], data: dict, tokens: dict, multiple_choice: d
     """Load, compare and print (see `llmdistill.evaluation.language.compare`)."""
     from llmdistill import models
     from llmdistill.data import language as rows
+    from llmdistill.data.rows import Source
     from llmdistill.data.vocabulary import shared_vocabulary
     from llmdistill.evaluation import language
     from llmdistill.evaluation.multiple_choice import check_file
 
     for path, _ in multiple_choice.values():
         check_file(path)
-    source = rows.load(rows.Source(**data))
+    source = rows.load(Source(**data))
     tokenizer, *others = (models.load_tokenizer(name) for name in names.values())
     size, *sizes = (models.load_config(name).get_text_config().vocab_size for name in names.values())
     for other, other_size in zip(others, sizes, strict=True):

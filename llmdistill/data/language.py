@@ -1,16 +1,13 @@
 """Rows for language models: read, checked and tokenised with labels on the tokens that count."""
 
-import gzip
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from llmdistill import samples
-from llmdistill.errors import UserError, nearest
+from llmdistill.data.rows import Source
+from llmdistill.data.rows import load as load_rows
+from llmdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,73 +16,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 """The columns of a row, by the first of these shapes that a data set has; as in TRL."""
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass(kw_only=True)
-class Source:
-    """Where rows come from, as a recipe names it."""
-
-    path: str
-    """`samples/<name>`, a file (.jsonl, .json, .parquet, .csv; also .gz), a folder with one file per split, or a data
-    set on the Hub."""
-    split: str = "train"
-    """File name in a folder, or split of a data set on the Hub."""
-    name: str | None = None
-    """Configuration of a data set on the Hub that has several."""
-    rows: int | None = None
-    """Take only the first so many rows."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Our column -> the data set's, e.g. `{completion: response}`."""
-
-    def __post_init__(self):
-        if self.rows is not None and self.rows < 1:
-            raise ValueError(f"`rows` must be at least 1, got {self.rows}.")
-        known = [column for shape in SHAPES for column in shape]
-        for column in self.columns:
-            if column not in known:
-                raise ValueError(
-                    f"`columns` maps our names to the data set's; `{column}` is none.{nearest(column, known)}"
-                )
-
-
-def find(source: Source) -> Path | None:
-    """The file that `source` names, or None where it names a data set on the Hub.
-
-    Raises:
-        UserError: the path is neither, or the folder has no such split.
-    """
-    path = Path(source.path).expanduser()
-    if source.path.startswith(samples.PREFIX):
-        path = samples.data_folder(source.path.removeprefix(samples.PREFIX))
-    if path.is_file():
-        if _builder(path) is None:
-            raise UserError(f"cannot tell what kind of file `{source.path}` is: it must end in {', '.join(SUFFIXES)}.")
-        return path
-    if path.is_dir():
-        files = {file.name.partition(".")[0]: file for file in sorted(path.iterdir()) if _builder(file)}
-        if source.split not in files:
-            raise UserError(f"`{source.path}` has no split `{source.split}`.{nearest(source.split, files)}")
-        return files[source.split]
-    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1 or _builder(path):
-        raise UserError(f"there is no file or folder `{source.path}`.")
-    return None
-
-
-def read_file(file: Path) -> "Dataset":
-    """All rows of a file.
-
-    Raises:
-        UserError: the file is empty or broken; names the first broken line.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(_builder(file), data_files=str(file), split="train")
-    except StopIteration:
-        raise UserError(f"{file} is empty: it has no rows.") from None
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
 
 
 def load(source: Source) -> "Dataset":
@@ -94,10 +24,7 @@ def load(source: Source) -> "Dataset":
     Raises:
         UserError: no such data, unreadable, empty, or rows without an answer.
     """
-    file = find(source)
-    rows = _load_from_hub(source) if file is None else read_file(file)
-    where = f"{source.path} ({source.split})" if file is None else str(file)
-    rows = rows.rename_columns({theirs: ours for ours, theirs in _renamed_columns(source, rows, where).items()})
+    rows, where = load_rows(source, [column for shape in SHAPES for column in shape])
     shape = shape_of(rows.column_names)
     if shape is None:
         raise UserError(
@@ -105,7 +32,6 @@ def load(source: Source) -> "Dataset":
             "or `text`. Name yours with `columns`, e.g. `columns: {completion: response}`."
         )
     rows = rows.select_columns(list(shape))
-    rows = rows.select(range(min(source.rows or len(rows), len(rows))))
     check(rows, where)
     return rows
 
@@ -257,46 +183,3 @@ def _has_answer(value: str | list[dict[str, str]]) -> bool:
     if isinstance(value, list):
         return any(message["role"] == "assistant" and message["content"].strip() for message in value)
     return bool(value.strip())
-
-
-def _renamed_columns(source: Source, rows: "Dataset", where: str) -> dict[str, str]:
-    for theirs in source.columns.values():
-        if theirs not in rows.column_names:
-            raise UserError(f"{where} has no column `{theirs}`.{nearest(theirs, rows.column_names)}")
-    return source.columns
-
-
-def _load_from_hub(source: Source) -> "Dataset":
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"`{source.path}` is no file here, and the Hugging Face Hub gives no such data set: {reason}"
-        ) from None
-
-
-def _builder(file: Path) -> str | None:
-    """The reader of the datasets library for a file, None for files that hold no rows."""
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    return SUFFIXES.get(suffixes[-1]) if suffixes else None
-
-
-def _bad_line(file: Path) -> str | None:
-    """The first line of a JSON-lines file that is no JSON object."""
-    if _builder(file) != "json":
-        return None
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt") as lines:
-        for number, line in enumerate(_nonblank(lines), start=1):
-            try:
-                json.loads(line)
-            except ValueError as error:
-                return f"line {number} is not JSON ({error})."
-    return None
-
-
-def _nonblank(lines: Iterable[str]) -> Iterable[str]:
-    return (line for line in lines if line.strip())

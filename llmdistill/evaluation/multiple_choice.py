@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdistill.data.language import read_file
+from llmdistill.data.rows import read_file
 from llmdistill.errors import UserError
 
 if TYPE_CHECKING:

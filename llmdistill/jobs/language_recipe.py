@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmdistill import models
 from llmdistill.data import language as data
+from llmdistill.data.rows import Source
 from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.distributed import plain_loading
 from llmdistill.errors import UserError
@@ -97,7 +98,7 @@ class MultipleChoice:
 class Evaluation:
     """What the finished student, the student before training and the teacher are compared on."""
 
-    data: data.Source
+    data: Source
     """Held-out rows."""
     batch_size: int = 8
     max_length: int | None = None
@@ -122,7 +123,7 @@ class Recipe:
 
     method: Literal["taid"]
     student: Student
-    data: list[data.Source]
+    data: list[Source]
     """Training rows: one source, or several that are put one after another."""
     training: TaidConfig
     teacher: Teacher | None = None
