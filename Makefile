@@ -5,8 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without a GPU, a build of torch for processors; with one, what pip takes by itself.
-CONSTRAINTS := $(shell command -v nvidia-smi > /dev/null 2>&1 || echo -c constraints-cpu.txt)
+# Without a GPU, a pinned torch; with one, what pip takes by itself.
+CONSTRAINTS := $(shell nvidia-smi > /dev/null 2>&1 || echo -c constraints-cpu.txt)
 
 .PHONY: demo test lint clean
 

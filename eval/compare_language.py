@@ -79,7 +79,7 @@ def runs(
     jobs[LONGER] = (METHODS["fine-tuning"], equal_time_steps)
     for seed in range(seeds):
         for name, (settings, count) in jobs.items():
-            run = folder / f"{_slug(name)}-{seed}"
+            run = _folder(folder, name, count, seed)
             if not (run / "figures.json").is_file():
                 print(f"== {name}, seed {seed}", flush=True)
                 _llmdistill("train", run, [*settings, f"max_steps={count}", f"seed={seed}"])
@@ -133,7 +133,7 @@ def _print_table(folder: Path, jobs: dict[str, tuple[tuple[str, ...], int]], see
     baselines = json.loads((folder / "baselines.json").read_text())
     lines = [(name, "", [figures]) for name, figures in baselines.items()]
     for name, (_, count) in jobs.items():
-        runs = [folder / f"{_slug(name)}-{seed}" for seed in range(seeds)]
+        runs = [_folder(folder, name, count, seed) for seed in range(seeds)]
         lines.append((name, count, [json.loads((run / "figures.json").read_text()) for run in runs]))
     print("| method | steps | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
@@ -146,6 +146,10 @@ def _mean_and_spread(key: str, values: list[float]) -> str:
     scale, digits = (100, 1) if key.startswith(("accuracy", "top1")) else (1, 1 if key == "rouge_l" else 3)
     text = f"{scale * statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def _folder(folder: Path, name: str, steps: int, seed: int) -> Path:
+    return folder / f"{_slug(name)}-{steps}-{seed}"
 
 
 def _slug(name: str) -> str:

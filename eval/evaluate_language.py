@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from llmdistill.errors import UserError
+
 
 def main(
     model: Annotated[list[str], typer.Option(help="Folder or Hub name, also NAME=FOLDER; several times for several.")],
@@ -29,6 +31,12 @@ def main(
 ) -> None:
     """Score models side by side and print a table."""
     try:
+        if output is not None and not output.parent.is_dir():
+            raise UserError(f"there is no folder {output.parent} for the results.")
+        if mask not in ("assistant", "all"):
+            raise UserError(f"`--mask` must be assistant or all, got `{mask}`.")
+        if teacher and "teacher" in dict(_named(one) for one in model):
+            raise UserError("the name `teacher` is that of `--teacher`: give the model another one.")
         results = evaluate(
             dict(_named(one) for one in model) | ({"teacher": teacher} if teacher else {}),
             data=dict(path=data, split=split, rows=rows, columns=dict(_named(one) for one in column or [])),
@@ -39,7 +47,7 @@ def main(
             teacher="teacher" if teacher else None,
             multiple_choice={name: (path, choice_rows) for name, path in map(_named, choices or [])},
         )
-    except ValueError as error:  # what a user can mend
+    except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     if output is not None:

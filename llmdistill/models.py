@@ -184,15 +184,17 @@ def check_head(head: "Head", hidden: "Tensor", logits: "Tensor", name: str) -> N
         name: what to call the model in the error.
 
     Raises:
-        ValueError: the architecture does something between trunk and logits that `Head` does not know.
+        UserError: the logits are not finite, or the architecture makes them in a way that `Head` does not know.
     """
     import torch
 
     with torch.no_grad():
         ours, theirs = head.logits(hidden[:, -1:]).float(), logits[..., : len(head.weight)].float()
+        if not theirs.isfinite().all():
+            raise UserError(f"The {name}'s logits are not finite: its training diverged. Lower the learning rate.")
         error = (ours - theirs).abs().max() / theirs.abs().max()
     if not error < 0.02:  # two bfloat16 products of the same operands differ by less
-        raise ValueError(
+        raise UserError(
             f"The {name}'s architecture makes its logits in a way that is not known here: hidden states times output "
             f"head differ from the model's own logits by {error:.1%} of the largest. It cannot be distilled with "
             "chunked losses."

@@ -68,6 +68,7 @@ class Run:
                 raise UserError(f"Another process is at work in {self.folder}: wait for it, or stop it.") from None
             if self._differences():  # from a run that came to nothing yet
                 shutil.rmtree(self.student, ignore_errors=True)
+            (self.folder / RESULTS).unlink(missing_ok=True)  # of an earlier model
             write_whole(self._recipe, recipe.dump(self.tree))
             yield
 

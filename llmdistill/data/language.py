@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from llmdistill.data.rows import Source
+from llmdistill.data.rows import Source, cache_name
 from llmdistill.data.rows import load as load_rows
 from llmdistill.errors import UserError
 
@@ -24,6 +24,8 @@ def load(source: Source) -> "Dataset":
     Raises:
         UserError: no such data, unreadable, empty, or rows without an answer.
     """
+    import datasets
+
     rows, where = load_rows(source, [column for shape in SHAPES for column in shape])
     shape = shape_of(rows.column_names)
     if shape is None:
@@ -33,6 +35,8 @@ def load(source: Source) -> "Dataset":
         )
     rows = rows.select_columns(list(shape))
     check(rows, where)
+    if _is_plain(rows):  # texts have one type, whatever file they came from
+        rows = rows.cast(datasets.Features(dict.fromkeys(rows.column_names, datasets.Value("string"))))
     return rows
 
 
@@ -56,6 +60,11 @@ def check(rows: "Dataset", where: str) -> None:
             raise UserError(
                 f"{where}: row {number} is neither text nor a conversation in {', '.join(rows.column_names)}: "
                 "expected a text, or a list of messages with `role` and `content` as texts."
+            )
+        if before and isinstance(row[before[0]], str) != isinstance(row[last], str):
+            raise UserError(
+                f"{where}: in row {number} one of {', '.join(rows.column_names)} is a text, the other a conversation: "
+                "make both of one kind."
             )
         if not _has_answer(row[last]):
             faulty.append(number)
@@ -101,9 +110,19 @@ def tokenize(
 
     if not tokenizer.is_fast:
         raise UserError("The tokenizer is a slow one, which cannot tell where its tokens lie in the text.")
+    if "text" not in rows.column_names and not _is_plain(rows) and tokenizer.chat_template is None:
+        raise UserError(
+            "The tokenizer has no chat template, which conversations need. Use rows of `prompt` and `completion` as "
+            "text, or give the tokenizer a template."
+        )
+    name = cache_name(__file__, rows, tokenizer, mask, max_length)
     settings = {"with_indices": True, "remove_columns": rows.column_names, "num_proc": num_processes}
-    tokenized = rows.map(convert, desc="Tokenizing", **settings)
-    kept = tokenized.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"]), desc="Checking labels")
+    tokenized = rows.map(convert, desc="Tokenizing", new_fingerprint=name, **settings)
+    kept = tokenized.filter(
+        lambda row: any(label != IGNORE_INDEX for label in row["labels"]),
+        desc="Checking labels",
+        new_fingerprint=f"{name}-kept",
+    )
     if len(kept) == 0:
         raise UserError(
             f"No row has an answer within the first {max_length} tokens: raise `max_length` or shorten the prompts."
@@ -111,13 +130,16 @@ def tokenize(
     return kept
 
 
-def end_of_answer(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The special token that ends the answers of tokenised rows: what a student of them learns to stop with."""
+def end_of_answer(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> int | None:
+    """The special token that ends the answers of tokenised rows: what a student of them learns to stop with.
+
+    Rows of `max_length` tokens may have been cut before their end, so the first shorter one speaks; None without one.
+    """
     special = set(tokenizer.all_special_ids) | {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    answers = ([label for label in row["labels"] if label != IGNORE_INDEX] for row in rows.select(range(1)))
-    ends = [label for answer in answers for label in answer if label in special]
+    whole = next((row["labels"] for row in rows if len(row["labels"]) < max_length), [])
+    ends = [label for label in whole if label in special]
     return ends[-1] if ends else None
 
 
@@ -167,6 +189,11 @@ def _ended(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The text with the end-of-sequence token, so that the student learns to stop."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
+
+
+def _is_plain(rows: "Dataset") -> bool:
+    """Whether the rows are texts, not conversations."""
+    return isinstance(rows[0][rows.column_names[-1]], str)
 
 
 def _is_text(value: Any, may_be_empty: bool = False) -> bool:

@@ -1,6 +1,7 @@
 """Rows from files, folders and the Hub, before anything is known of what they mean."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from llmdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -74,15 +76,15 @@ def find(source: Source) -> Path | None:
     if source.path.startswith(samples.PREFIX):
         path = samples.data_folder(source.path.removeprefix(samples.PREFIX))
     if path.is_file():
-        if _builder(path) is None:
+        if builder(path) is None:
             raise UserError(f"cannot tell what kind of file `{source.path}` is: it must end in {', '.join(SUFFIXES)}.")
         return path
     if path.is_dir():
-        files = {file.name.partition(".")[0]: file for file in sorted(path.iterdir()) if _builder(file)}
+        files = {file.name.partition(".")[0]: file for file in sorted(path.iterdir()) if builder(file)}
         if source.split not in files:
             raise UserError(f"`{source.path}` has no split `{source.split}`.{nearest(source.split, files)}")
         return files[source.split]
-    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1 or _builder(path):
+    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1 or builder(path):
         raise UserError(f"there is no file or folder `{source.path}`.")
     return None
 
@@ -96,11 +98,27 @@ def read_file(file: Path) -> "Dataset":
     import datasets
 
     try:
-        return datasets.load_dataset(_builder(file), data_files=str(file), split="train")
+        return datasets.load_dataset(builder(file), data_files=str(file), split="train")
     except StopIteration:
         raise UserError(f"{file} is empty: it has no rows.") from None
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
+
+
+def cache_name(code: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", *settings) -> str:
+    """A name for what tokenising `rows` gives, under which the datasets library keeps it.
+
+    The library's own looks neither into the functions that are called nor, reliably, into tokenizers.
+
+    Args:
+        code: the file that does it.
+        rows: what is tokenised.
+        tokenizer: a fast one.
+        settings: whatever else decides the outcome.
+    """
+    vocabulary = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map
+    parts = (Path(code).read_text(encoding="utf-8"), rows._fingerprint, vocabulary, settings)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _load_from_hub(source: Source) -> "Dataset":
@@ -115,7 +133,7 @@ def _load_from_hub(source: Source) -> "Dataset":
         ) from None
 
 
-def _builder(file: Path) -> str | None:
+def builder(file: Path) -> str | None:
     """The reader of the datasets library for a file, None for files that hold no rows."""
     suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
@@ -123,7 +141,7 @@ def _builder(file: Path) -> str | None:
 
 def _bad_line(file: Path) -> str | None:
     """The first line of a JSON-lines file that is no JSON object."""
-    if _builder(file) != "json":
+    if builder(file) != "json":
         return None
     opener = gzip.open if file.suffix == ".gz" else open
     with opener(file, "rt") as lines:

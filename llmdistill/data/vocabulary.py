@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from llmdistill.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +32,7 @@ def shared_vocabulary(
         The smaller of the two sizes.
 
     Raises:
-        ValueError: an id means different tokens, a text is split differently, or the student has tokens beyond the
+        UserError: an id means different tokens, a text is split differently, or the student has tokens beyond the
             teacher's last row; names both sizes and the first differing id.
     """
     shared = min(student_size, teacher_size)
@@ -39,13 +41,13 @@ def shared_vocabulary(
     for token_id in range(shared):
         student_token, teacher_token = student_tokens.get(token_id), teacher_tokens.get(token_id)
         if student_token != teacher_token:
-            raise ValueError(
+            raise UserError(
                 f"Student and teacher speak different vocabularies ({sizes}): id {token_id} is {student_token!r} to "
                 f"the student and {teacher_token!r} to the teacher. Use a teacher of the student's family."
             )
     beyond = max(student_tokens) + 1
     if beyond > shared:
-        raise ValueError(
+        raise UserError(
             f"The student's tokenizer has ids up to {beyond - 1}, of which the teacher knows only the first {shared} "
             f"({sizes}). Use a teacher of the student's family, or remove the added tokens."
         )
@@ -55,7 +57,7 @@ def shared_vocabulary(
             for tokenizer in (student_tokenizer, teacher_tokenizer)
         )
         if student_ids != teacher_ids:
-            raise ValueError(
+            raise UserError(
                 f"Student and teacher have the same tokens but split text differently: {text!r} is {student_ids} to "
                 f"the student and {teacher_ids} to the teacher. Use a teacher of the student's family."
             )

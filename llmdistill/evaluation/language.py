@@ -96,14 +96,17 @@ def score_answers(
     heads = {name: head.cropped(size) for name, head in heads.items()}
     sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in models}
     num_counted = num_tokens = 0
-    for num_batches, (inputs, labels) in enumerate(batches(rows, batch_size, next(iter(models.values())).device)):
+    device = next(iter(models.values())).device
+    for model in models.values():  # the first call of a model is slower than the others and not timed
+        last_hidden_states(model, next(batches(rows, batch_size, device))[0])
+    for num_batches, (inputs, labels) in enumerate(batches(rows, batch_size, device)):
         counted = labels[:, 1:] != IGNORE_INDEX
         num_counted, num_tokens = num_counted + int(counted.sum()), num_tokens + int(inputs["attention_mask"].sum())
         hidden = {}
         for name, model in models.items():
-            start = time.perf_counter()
+            start = _seconds(device)
             states, last_logits = last_hidden_states(model, inputs)
-            sums[name]["seconds"] += time.perf_counter() - start
+            sums[name]["seconds"] += _seconds(device) - start
             if num_batches == 0:
                 check_head(heads[name], states, last_logits, name)
             hidden[name] = select_tokens(states[:, :-1], counted)
@@ -145,7 +148,8 @@ def write_answers(
 
     pad = next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
     pairs = [_prompt_and_answer(row) for row in rows]
-    written, examples, start = 0, [], time.perf_counter()
+    model.generate(input_ids=torch.tensor([pairs[0][0]], device=model.device), max_new_tokens=1, pad_token_id=pad)
+    written, examples, start = 0, [], _seconds(model.device)
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         prompts = [torch.tensor(prompt) for prompt, _ in batch]
@@ -168,7 +172,7 @@ def write_answers(
             texts = (prompt, reference[:max_new_tokens], answer)
             decoded = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts)
             examples.append(dict(zip(("prompt", "reference", "answer"), decoded, strict=True)))
-    seconds = time.perf_counter() - start
+    seconds = _seconds(model.device) - start
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [scorer.score(one["reference"], one["answer"])["rougeL"].fmeasure for one in examples]
@@ -215,6 +219,13 @@ def batches(rows: "Dataset", batch_size: int, device: torch.device) -> Iterator[
         labels = pad_sequence([torch.tensor(row["labels"]) for row in batch], True, IGNORE_INDEX)
         mask = pad_sequence([torch.ones_like(row) for row in ids], True)
         yield {"input_ids": pad_sequence(ids, True).to(device), "attention_mask": mask.to(device)}, labels.to(device)
+
+
+def _seconds(device: torch.device) -> float:
+    """A clock that waits for the device's work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:

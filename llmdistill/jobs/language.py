@@ -17,7 +17,14 @@ from llmdistill.data import language as data
 from llmdistill.distributed import leave_group, plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.errors import UserError
 from llmdistill.evaluation import language as evaluation
-from llmdistill.jobs.language_recipe import Lora, Recipe, check, load_teacher_tokenizer
+from llmdistill.jobs.language_recipe import (
+    Lora,
+    Recipe,
+    check,
+    check_evaluation,
+    load_teacher_tokenizer,
+    tokenize_held_out,
+)
 from llmdistill.runs import RESULTS, Run, write_whole
 from llmdistill.students.init import choose_layers, cut_layers, layer_scores
 from llmdistill.trainers.common import training_summary
@@ -69,6 +76,8 @@ def _train(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, rows: D
             print(f"Going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trained = run.folder / ".trained"
+        if main:
+            shutil.rmtree(trained, ignore_errors=True)  # of a run that was killed here
         trainer.save_model(str(trained))  # every rank takes part where the student is sharded
         state = trainer.final_state()
     else:
@@ -98,8 +107,7 @@ def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
     results = run.results()
     if results is None:
         tokenizer = models.load_tokenizer(str(run.model))
-        max_length = section.max_length or recipe.training.max_length
-        rows = data.tokenize(data.load(section.data), tokenizer, "assistant", max_length)
+        rows = tokenize_held_out(recipe, check_evaluation(recipe), tokenizer)
         with plain_loading(recipe.training):
             compared = _load_compared(recipe, run)
         compared, answers = evaluation.compare(
@@ -202,10 +210,11 @@ def _lora_config(lora: Lora):
 
 def _save(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Dataset, trained: Path, folder: Path) -> None:
     """The finished student as plain transformers loads it, adapters merged, and stopping where its answers end."""
-    student = models.load_causal_lm(str(trained), trust_remote_code=recipe.student.trust_remote_code)
+    options = {"trust_remote_code": recipe.student.trust_remote_code}
+    student = models.load_causal_lm(str(trained), DTYPES[recipe.student.dtype], **options)
     stops = student.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else stops or []
-    end = data.end_of_answer(tokens, tokenizer)
+    end = data.end_of_answer(tokens, tokenizer, recipe.training.max_length)
     if end is not None and end not in stops:
         student.generation_config.eos_token_id = [*stops, end]
     student.save_pretrained(folder)

@@ -1,8 +1,6 @@
 """The recipe of the language job, and the proof that it can work."""
 
-import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,23 +9,14 @@ from llmdistill.data import language as data
 from llmdistill.data.rows import Source
 from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.distributed import plain_loading
-from llmdistill.errors import UserError
 from llmdistill.evaluation.multiple_choice import check_file
+from llmdistill.jobs.checks import Faults, check_context, check_launch, check_training_section
 from llmdistill.students.init import check_layers
 from llmdistill.trainers.taid import TaidConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-IGNORED = (
-    ("model_init_kwargs", None, "the sections `student` and `teacher` say how models are loaded"),
-    ("trust_remote_code", False, "set it in the sections `student` and `teacher`"),
-    ("resume_from_checkpoint", None, "a run goes on from its last whole checkpoint by itself"),
-    ("push_to_hub", False, "push the finished model yourself"),
-)
-"""Settings of the trainer library that this job would pass over: name, default, what to do instead."""
 
 
 @dataclass(kw_only=True)
@@ -101,6 +90,8 @@ class Evaluation:
     data: Source
     """Held-out rows."""
     batch_size: int = 8
+    mask: Literal["assistant", "all"] = "assistant"
+    """Tokens that count."""
     max_length: int | None = None
     """Tokens of a row; by default `training.max_length`."""
     generate: int = 32
@@ -136,14 +127,7 @@ class Recipe:
             raise ValueError(
                 "`teacher` is missing: only `training.label_weight: 1` with a `student.model` needs none."
             )
-        training = self.training
-        if not training.output_dir or training.output_dir == "trainer_output":
-            raise ValueError("`training.output_dir` is missing: the folder of the run, e.g. runs/my-student.")
-        if training.eval_strategy != "no" and self.evaluation is None:
-            raise ValueError("`training.eval_strategy` needs an `evaluation` section with held-out rows.")
-        for name, default, remedy in IGNORED:
-            if getattr(training, name) != default:
-                raise ValueError(f"`training.{name}` has no effect in a recipe: {remedy}.")
+        check_training_section(self.training, self.evaluation is not None)
 
     @property
     def tokenizer_source(self) -> str:
@@ -160,61 +144,58 @@ def check(recipe: Recipe) -> tuple["PreTrainedTokenizerBase", "Dataset"]:
     Raises:
         UserError: all faults that were found, one line each.
     """
-    faults: list[str] = []
-
-    def attempt(key: str, action: Callable, *arguments: Any, **options: Any) -> Any:
-        try:
-            return action(*arguments, **options)
-        except ValueError as error:
-            faults.append(f"  {key}: {error}")
-            return None
-
-    attempt("training", _check_launch, recipe.training)
+    faults = Faults("The run cannot work:")
+    faults.attempt("training", check_launch, recipe.training)
     configs = {}
     for key, section in (("teacher", recipe.teacher), ("student", recipe.student)):
         if section is not None and section.model is not None:
             options = {"trust_remote_code": section.trust_remote_code}
-            configs[key] = attempt(f"{key}.model", models.load_config, section.model, **options)
-    sources = [attempt(f"data.{index}", data.load, source) for index, source in enumerate(recipe.data)]
-    lengths = {"training.max_length": recipe.training.max_length}
-    if recipe.evaluation is not None:
-        attempt("evaluation.data", data.load, recipe.evaluation.data)
-        for index, choice in enumerate(recipe.evaluation.multiple_choice):
-            attempt(f"evaluation.multiple_choice.{index}", check_file, choice.path)
-        if recipe.evaluation.max_length is not None:
-            lengths["evaluation.max_length"] = recipe.evaluation.max_length
-    for name, length in lengths.items():
-        attempt(name, _check_context, length, configs)
+            configs[key] = faults.attempt(f"{key}.model", models.load_config, section.model, **options)
+    sources = [faults.attempt(f"data.{index}", data.load, source) for index, source in enumerate(recipe.data)]
+    faults.attempt("training.max_length", check_context, recipe.training.max_length, configs)
+    held_out = _check_evaluation(recipe, configs, faults)
     if recipe.student.from_teacher and configs["teacher"] is not None:
         num_layers = configs["teacher"].get_text_config().num_hidden_layers
-        attempt("student.layers", check_layers, recipe.student.layers, num_layers)
-    tokenizer = rows = None
-    if not faults:
-        rows = attempt("data", _together, sources)
-        with plain_loading(recipe.training):
-            tokenizer = attempt("student", _tokenizer, recipe, configs)
-    if faults:
-        raise UserError("The run cannot work:\n" + "\n".join(faults))
+        faults.attempt("student.layers", check_layers, recipe.student.layers, num_layers)
+    faults.report()
+    rows = faults.attempt("data", _together, sources)
+    with plain_loading(recipe.training):
+        tokenizer = faults.attempt("student", _tokenizer, recipe, configs)
+    faults.report()
+    if held_out is not None:
+        faults.attempt("evaluation", tokenize_held_out, recipe, held_out, tokenizer)
+    faults.report()
     return tokenizer, rows
 
 
-def _check_launch(training: TaidConfig) -> None:
-    if training.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {training.n_gpu} GPUs. Start one process for each (torchrun --nproc-per-node "
-            f"{training.n_gpu} -m llmdistill ...), or show it one only (CUDA_VISIBLE_DEVICES=0)."
-        )
-    if training.deepspeed is not None and "RANK" not in os.environ:
-        raise ValueError("`deepspeed` needs torchrun, also for one process: torchrun -m llmdistill ...")
+def check_evaluation(recipe: Recipe) -> "Dataset":
+    """Prove that the evaluation of a trained run can work, and return its raw rows.
+
+    Raises:
+        UserError: all faults that were found, one line each.
+    """
+    faults = Faults("The evaluation cannot work:")
+    configs = {"teacher": models.load_config(recipe.teacher.model)} if recipe.teacher is not None else {}
+    rows = _check_evaluation(recipe, configs, faults)
+    faults.report()
+    return rows
 
 
-def _check_context(wanted: int | None, configs: dict[str, Any]) -> None:
-    if wanted is None:
-        raise ValueError("it must be a number: rows longer than the models' context cannot be fed to them.")
-    for key, config in configs.items():
-        context = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-        if context is not None and wanted > context:
-            raise ValueError(f"{wanted} tokens exceed the {key}'s context of {context}. Lower it.")
+def tokenize_held_out(recipe: Recipe, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    """The rows of the evaluation as `input_ids` and `labels`."""
+    section = recipe.evaluation
+    return data.tokenize(rows, tokenizer, section.mask, section.max_length or recipe.training.max_length)
+
+
+def _check_evaluation(recipe: Recipe, configs: dict[str, Any], faults: Faults) -> "Dataset | None":
+    section = recipe.evaluation
+    if section is None:
+        return None
+    if section.max_length is not None:
+        faults.attempt("evaluation.max_length", check_context, section.max_length, configs)
+    for index, choice in enumerate(section.multiple_choice):
+        faults.attempt(f"evaluation.multiple_choice.{index}", check_file, choice.path)
+    return faults.attempt("evaluation.data", data.load, section.data)
 
 
 def _together(sources: list["Dataset"]) -> "Dataset":

@@ -1,8 +1,10 @@
 """What every distillation trainer shares: the one mean, the one step, the sampler, and whole checkpoints."""
 
+import importlib.util
 import resource
 import sys
 import time
+import typing
 from collections import defaultdict
 
 import torch
@@ -14,6 +16,50 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from llmdistill import checkpoints
 from llmdistill.data.batches import LengthGroupedSampler, token_lengths
+from llmdistill.errors import nearest
+from llmdistill.models import has_fast_bfloat16
+
+Sampling = typing.Literal["group_by_length", "random", "sequential", "batch_rebalance"]
+"""How rows make a step. Rows of similar length save padding; `random` is the trainer library's default."""
+
+REFUSED = (
+    ("save_only_model", False, "a run that goes on would have lost its optimizer"),
+    ("restore_callback_states_from_checkpoint", False, "what has to be restored is restored"),
+    ("parallelism_config", None, "tensor, context and sequence parallelism are not supported"),
+    ("average_tokens_across_devices", True, "items would be weighed by the rank they fall on"),
+    ("fsdp", None, "not supported yet: shard with `deepspeed`"),
+    ("label_smoothing_factor", 0.0, "these losses know no smoothed labels"),
+)
+"""Settings of the trainer library that no trainer here can honour: name, default, why or what instead."""
+
+
+def set_machine_defaults(args: TrainingArguments) -> None:
+    """Fill in, before the library looks at them, the settings that depend on the machine.
+
+    Raises:
+        ValueError: `deepspeed` is asked for and not installed.
+    """
+    if not torch.accelerator.is_available():
+        args.use_cpu = True  # DeepSpeed and bf16 on a CPU need it said
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and has_fast_bfloat16()
+    if args.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError('`deepspeed` is not installed: `pip install "llmdistill[deepspeed]"`')
+
+
+def refused_settings(args: TrainingArguments, more: tuple = ()) -> list[str]:
+    """A line for each setting of `REFUSED` and `more` that is not at its default, and for each unknown choice.
+
+    To be asked before the library's own `__post_init__`, which changes some settings.
+    """
+    settings = (*REFUSED, *more)
+    refused = [f"`{name}`: {reason}" for name, default, reason in settings if getattr(args, name) != default]
+    for name, hint in typing.get_type_hints(type(args)).items():
+        if typing.get_origin(hint) is typing.Literal and getattr(args, name) not in typing.get_args(hint):
+            refused.append(
+                f"`{name}` is `{getattr(args, name)}`.{nearest(getattr(args, name), typing.get_args(hint))}"
+            )
+    return refused
 
 
 class DistillationMixin:

@@ -1,6 +1,5 @@
 """TAID, and with it plain distillation by any divergence and supervised fine-tuning: one program for all of them."""
 
-import importlib.util
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from llmdistill.data import language as data
 from llmdistill.data.language import IGNORE_INDEX
 from llmdistill.data.vocabulary import shared_vocabulary
-from llmdistill.models import check_head, has_fast_bfloat16, last_hidden_states, output_head, unwrapped
+from llmdistill.models import check_head, last_hidden_states, output_head, unwrapped
 from llmdistill.objectives.chunked import (
     Term,
     chunked_terms,
@@ -27,12 +26,18 @@ from llmdistill.objectives.chunked import (
 from llmdistill.objectives.divergences import DIVERGENCES, cross_entropy
 from llmdistill.objectives.taid import TaidSchedule
 from llmdistill.teachers.language import LanguageTeacher
-from llmdistill.trainers.common import DistillationMixin, freeze, place_frozen
+from llmdistill.trainers.common import (
+    DistillationMixin,
+    Sampling,
+    freeze,
+    place_frozen,
+    refused_settings,
+    set_machine_defaults,
+)
 
 logger = get_logger(__name__)
 
 REFUSED = (
-    ("label_smoothing_factor", 0.0, "this loss knows no smoothed labels"),
     ("loss_type", "nll", "this loss is the one of `divergence`"),
     ("chat_template_path", None, "set the chat template of the student's tokenizer"),
     ("eos_token", None, "set it in the student's tokenizer"),
@@ -42,12 +47,8 @@ REFUSED = (
     ("dataset_text_field", "text", "name the column `text`"),
     ("dataset_kwargs", None, "pass rows with `input_ids` and `labels` to skip tokenising"),
     ("padding_free", False, "`packing: true` is the form without padding"),
-    ("save_only_model", False, "a run that goes on would have lost its optimizer"),
-    ("restore_callback_states_from_checkpoint", False, "what has to be restored is restored"),
-    ("parallelism_config", None, "tensor, context and sequence parallelism are not supported"),
-    ("average_tokens_across_devices", True, "tokens would be weighed by the rank they fall on"),
 )
-"""Settings of the trainer library that this trainer cannot honour: name, default, why or what instead."""
+"""Settings of TRL that this trainer cannot honour: name, default, why or what instead."""
 
 
 @dataclass(kw_only=True)
@@ -76,24 +77,18 @@ class TaidConfig(SFTConfig):
     """Tokens that count: the answers', or every token of prompt and answer as in the paper."""
     loss_chunk_bytes: int | None = None
     """Bytes of one float32 buffer `[chunk of tokens, V]` of the loss; by default 32 MiB on a CPU, 128 MiB on a GPU."""
-    train_sampling_strategy: str = "group_by_length"
-    """Rows of similar length make a step, which saves padding. `random` is the trainer library's default."""
+    train_sampling_strategy: Sampling = "group_by_length"
     save_total_limit: int | None = 2
     """Checkpoints kept on disk; each holds the student and its optimizer, about four times the student's bytes."""
     gradient_checkpointing: bool | None = None
     """The old name of `activation_checkpointing`, which is off by default: the loss needs no memory for logits."""
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # DeepSpeed and bf16 on a CPU need it said
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = has_fast_bfloat16()
-        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
-            raise ValueError('`deepspeed` is not installed: `pip install "llmdistill[deepspeed]"`')
-        faults = [f"`{name}`: {reason}" for name, default, reason in REFUSED if getattr(self, name) != default]
+        set_machine_defaults(self)
+        faults = refused_settings(self, REFUSED)
         super().__post_init__()
-        if self.fsdp:
-            faults.append("`fsdp` is not supported yet: shard with `deepspeed`")
+        if self.loss_chunk_bytes is not None and self.loss_chunk_bytes < 1:
+            faults.append(f"`loss_chunk_bytes` must be at least 1, got {self.loss_chunk_bytes}")
         if not 0 <= self.label_weight <= 1:
             faults.append(f"`label_weight` must lie in [0, 1], got {self.label_weight}")
         if self.schedule == "reference" and self.divergence != "forward_kl":
@@ -105,6 +100,8 @@ class TaidConfig(SFTConfig):
         ):
             try:
                 attempt()
+            except KeyError:
+                pass  # an unknown divergence is among the faults already
             except (ValueError, TypeError) as error:
                 faults.append(str(error))
         if faults:

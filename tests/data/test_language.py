@@ -7,6 +7,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
 
+from llmdistill.data import language
 from llmdistill.data.language import IGNORE_INDEX, end_of_answer, load, tokenize
 from llmdistill.data.rows import Source
 from llmdistill.errors import UserError
@@ -64,6 +65,11 @@ def test_messages_come_before_a_bare_prompt(tmp_path):
         ([{"question": "a", "answer": "b"}], "columns question, answer: expected `messages`"),
         ([{"messages": [{"from": "user", "value": "a"}]}], "row 1 is neither text nor a conversation"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], "row 2 is neither"),
+        (
+            [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}],
+            "row 1 one of prompt, completion is a text",
+        ),
+        ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "make both of one kind"),
         ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "row 1 is neither"),
     ],
 )
@@ -191,6 +197,37 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer):
         tokenize(Dataset.from_list(rows), strict, "assistant", 64)
 
 
-def test_the_special_token_that_ends_answers_is_found(tokenizer):
-    rows = tokenize(Dataset.from_list([{"messages": TURNS}]), tokenizer, "assistant", 64)
-    assert end_of_answer(rows, tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+@pytest.mark.parametrize("mask", ["assistant", "all"])
+def test_the_special_token_that_ends_answers_is_found(tokenizer, mask):
+    long = [TURNS[0], {"role": "assistant", "content": "nine " * 80}]
+    rows = tokenize(Dataset.from_list([{"messages": long}, {"messages": TURNS}]), tokenizer, mask, 64)
+    assert len(rows[0]["input_ids"]) == 64  # cut before its end
+    assert end_of_answer(rows, tokenizer, 64) == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end_of_answer(rows.select([0]), tokenizer, 64) is None
+
+
+def test_conversations_need_a_chat_template(tokenizer):
+    plain = make_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        tokenize(Dataset.from_list([{"messages": TURNS}]), plain, "assistant", 64)
+    assert len(tokenize(Dataset.from_list([{"prompt": "a", "completion": " b"}]), plain, "assistant", 64)) == 1
+
+
+def test_tokens_are_kept_until_rows_tokenizer_settings_or_code_change(tmp_path, tokenizer, monkeypatch):
+    rows = load(Source(path=write(tmp_path / "rows.jsonl", [{"prompt": "one ", "completion": "two three"}])))
+
+    def tokens(text: str = "", **settings) -> list[int]:
+        return tokenize(
+            rows, make_tokenizer(text) if text else tokenizer, **({"mask": "all", "max_length": 9} | settings)
+        )
+
+    first = tokens()
+    monkeypatch.setattr(language, "_text_and_answers", lambda *arguments: pytest.fail("tokenised again"))
+    assert tokens()[:] == first[:]
+    for change in ({"mask": "assistant"}, {"max_length": 8}, {"text": "other words altogether"}):
+        with pytest.raises(BaseException, match="tokenised again"):
+            tokens(**change)
+    monkeypatch.setattr(language, "__file__", __file__)
+    with pytest.raises(BaseException, match="tokenised again"):
+        tokens()

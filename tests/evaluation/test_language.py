@@ -87,7 +87,9 @@ def test_rouge_of_the_reference_itself_is_100(tokenizer, tokenized, make_model, 
     longest = max(len(row["input_ids"]) for row in rows)
     references = iter(rows)
 
-    def generate(input_ids, **options):
+    def generate(input_ids, max_new_tokens, **options):
+        if max_new_tokens == 1:  # the call that is not timed
+            return input_ids
         answers = []
         for _ in range(len(input_ids)):
             row = next(references)

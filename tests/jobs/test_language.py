@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer
+from datasets import Dataset, Value
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +89,42 @@ def test_another_evaluation_of_the_same_model_is_welcome(workspace, monkeypatch)
     assert "rouge_l" not in results["models"]["student"]
 
 
+def test_results_of_an_earlier_model_are_not_shown_for_a_new_one(workspace):
+    run = do("run", workspace)
+    for part in [run / "model", *run.glob("checkpoint-*")]:
+        shutil.rmtree(part)
+    do("train", workspace, "training.learning_rate=1e-5")
+    assert not (run / "results.json").exists()
+
+
+def test_adapters_of_a_killed_run_do_not_get_into_the_next_one(workspace):
+    run = do("train", workspace, "student.lora={rank: 4}", "training.save_strategy=no")
+    (run / "model").rename(workspace / "elsewhere")
+    left_over = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(workspace / "student"), left_over).save_pretrained(
+        run / ".trained"
+    )
+    do("train", workspace, "training.save_strategy=no")
+    again = do("train", workspace, "training.save_strategy=no", f"training.output_dir={workspace}/clean")
+    for name, values in load_file(again / "model" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(run / "model" / "model.safetensors")[name], values, rtol=0, atol=0)
+
+
+def test_an_evaluation_that_cannot_work_is_refused_before_models_are_loaded(workspace, monkeypatch):
+    do("train", workspace)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **o: pytest.fail("weights were loaded"))
+    faults = ("evaluation.max_length=999", "evaluation.multiple_choice=[{name: a, path: nothing.jsonl}]")
+    with pytest.raises(UserError, match=r"exceed the teacher's context of 128(.|\n)*there is no file `nothing.jsonl`"):
+        do("evaluate", workspace, *faults)
+
+
+def test_adapters_are_merged_in_the_precision_of_the_training(workspace):
+    student = AutoModelForCausalLM.from_pretrained(workspace / "student")
+    student.bfloat16().save_pretrained(workspace / "student")
+    run = do("train", workspace, "student.lora={rank: 4}")
+    assert AutoModelForCausalLM.from_pretrained(run / "model").dtype == torch.float32
+
+
 def test_the_run_folder_keeps_the_recipe_and_refuses_another(workspace):
     run = do("train", workspace, "training.max_steps=2")
     kept = (run / "recipe.yaml").read_text()
@@ -128,6 +167,15 @@ def test_fine_tuning_needs_no_teacher(workspace):
     results = json.loads((run / "results.json").read_text())["models"]
     assert list(results) == ["student", "untrained student"]
     assert results["student"]["answer_cross_entropy"] < results["untrained student"]["answer_cross_entropy"]
+
+
+def test_sources_of_different_formats_are_put_together(workspace):
+    rows = Dataset.from_list([{"prompt": "one ", "completion": "two three"}] * 4)
+    rows.to_json(workspace / "texts.jsonl")
+    rows.to_csv(workspace / "texts.csv")
+    rows.cast_column("prompt", Value("large_string")).to_parquet(workspace / "texts.parquet")
+    sources = ", ".join(f"{{path: {workspace}/texts.{suffix}}}" for suffix in ("jsonl", "csv", "parquet"))
+    do("train", workspace, f"data=[{sources}]", "training.max_steps=1")
 
 
 def test_several_sources_are_put_together(workspace):
@@ -257,6 +305,8 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
     elif case == "no answer":
         row = {"prompt": "a", "completion": ""}
         (workspace / "train.jsonl").write_text(json.dumps(row) + "\n")
+    elif case == "choice kind":
+        (workspace / "teacher" / "config.txt").write_text("")
     elif case == "kinds":
         (workspace / "texts.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     elif case == "tokenizer":
@@ -272,6 +322,8 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
         "layers": ["student={from_teacher: true, layers: 9}"],
         "layer list": ["student={from_teacher: true, layers: [0, 4]}"],
         "choice file": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/nothing.jsonl}}]"],
+        "choice kind": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/teacher/config.txt}}]"],
+        "held out": ["evaluation.max_length=2"],
         "choices": [f"evaluation.multiple_choice=[{{name: a, path: {workspace}/train.jsonl}}]"],
         "deepspeed": [f"training.deepspeed={Path(__file__).parents[2]}/recipes/deepspeed/zero2.json"],
         "kinds": [f"data=[{{path: {workspace}/train.jsonl}}, {{path: {workspace}/texts.jsonl}}]"],
@@ -294,6 +346,8 @@ def break_recipe(workspace: Path, case: str) -> list[str]:
         ("layers", r"student\.layers: The teacher has 4 layers"),
         ("layer list", r"student\.layers: The teacher has 4 layers"),
         ("choice file", r"evaluation\.multiple_choice\.0: there is no file"),
+        ("choice kind", r"cannot tell what kind of file .*config\.txt` is"),
+        ("held out", r"evaluation: No row has an answer within the first 2 tokens"),
         ("choices", r"evaluation\.multiple_choice\.0: .*train\.jsonl has no field choices, gold, query"),
         ("deepspeed", r"training: `deepspeed` needs torchrun"),
         ("kinds", r"data: the sources have different kinds of rows"),

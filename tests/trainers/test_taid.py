@@ -395,6 +395,10 @@ def test_rows_that_cannot_be_told_are_refused(make_trainer, tokenized):
         ({"chat_template_path": "x"}, "chat template of the student's tokenizer"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json"),
         ({"schedule": "reference", "divergence": "reverse_kl"}, "reference"),
+        ({"divergence": "reverse"}, "`divergence` is `reverse`. Did you mean `reverse_kl`"),
+        ({"mask": "answers"}, "`mask` is `answers`. Choices: assistant, all"),
+        ({"train_sampling_strategy": "group_by_lenght"}, "Did you mean `group_by_length`"),
+        ({"loss_chunk_bytes": -5}, "`loss_chunk_bytes` must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(tmp_path, settings, complaint):
@@ -411,6 +415,13 @@ def test_an_unknown_architecture_between_trunk_and_logits_is_found_out(make_trai
     student = make_model(2, 32, seed=2)
     student.lm_head.register_forward_hook(lambda layer, inputs, logits: 3 * logits)
     with pytest.raises(ValueError, match="student's architecture"):
+        make_trainer(student=student).train()
+
+
+def test_a_diverged_student_is_told_so(make_trainer, make_model):
+    student = make_model(2, 32, seed=2)
+    torch.nn.init.constant_(student.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="student's logits are not finite: its training diverged"):
         make_trainer(student=student).train()
 
 
