@@ -1,20 +1,17 @@
 """Distilling causal language models: check -> student -> train -> evaluate."""
 
-import gc
 import json
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill import models
 from llmdistill.data import language as data
-from llmdistill.distributed import leave_group, plain_loading, prepare_deepspeed_on_cpu
+from llmdistill.distributed import plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.errors import UserError
 from llmdistill.evaluation import language as evaluation
 from llmdistill.jobs.language_recipe import (
@@ -25,69 +22,38 @@ from llmdistill.jobs.language_recipe import (
     load_teacher_tokenizer,
     tokenize_held_out,
 )
+from llmdistill.jobs.stages import check_evaluable, is_trained, run_all, train_and_save
 from llmdistill.runs import RESULTS, Run, write_whole
 from llmdistill.students.init import choose_layers, cut_layers, layer_scores
-from llmdistill.trainers.common import training_summary
-from llmdistill.trainers.taid import TaidConfig, TaidTrainer
+from llmdistill.trainers.taid import TaidTrainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run(recipe: Recipe, tree: dict[str, Any]) -> None:
     """All stages, from the first unfinished one on."""
-    train(recipe, tree)
-    if recipe.evaluation is None:
-        return
-    gc.collect()  # the trainer holds its models in cycles of references
-    leave_group()
-    if recipe.training.process_index == 0:
-        evaluate(recipe, tree)
+    run_all(recipe, tree, train, evaluate)
 
 
 def train(recipe: Recipe, tree: dict[str, Any]) -> None:
     """Check everything, make the student, train it and save it; goes on from the last whole checkpoint."""
     run, arguments = Run(recipe.training.output_dir, tree), recipe.training
-    main = arguments.process_index == 0
-    run.check_recipe()
-    if run.model.is_dir():
-        if main:
-            print(f"Already trained: {run.model}")
+    if is_trained(run, arguments):
         return
     tokenizer, rows = check(recipe)
     prepare_deepspeed_on_cpu(arguments)
-    with run.at_work() if main else nullcontext():
-        _train(recipe, run, tokenizer, rows)
-
-
-def _train(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
-    arguments = recipe.training
-    main = arguments.process_index == 0
-    with arguments.main_process_first(local=False):
-        tokens = data.tokenize(rows, tokenizer, arguments.mask, arguments.max_length, arguments.dataset_num_proc)
-        if main and recipe.student.from_teacher and not run.student.is_dir():
-            with plain_loading(arguments):
-                run.build(run.student, lambda folder: _make_student(recipe, tokenizer, rows, folder))
-
-    (checkpoint,) = broadcast_object_list([run.last_checkpoint() if main else None])
-    trained = checkpoint and _finished(checkpoint, arguments)
-    if trained is None:
-        trainer = _trainer(recipe, run, tokenizer, tokens)
-        if main and checkpoint is not None:
-            print(f"Going on from {checkpoint}")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trained = run.folder / ".trained"
-        if main:
-            shutil.rmtree(trained, ignore_errors=True)  # of a run that was killed here
-        trainer.save_model(str(trained))  # every rank takes part where the student is sharded
-        state = trainer.final_state()
-    else:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if main:
-        summary = training_summary(state) | {"arguments": arguments.to_dict()}
-        write_whole(run.folder / "training.json", json.dumps(summary, indent=1) + "\n")
-        with plain_loading(arguments):
-            run.build(run.model, lambda folder: _save(recipe, tokenizer, tokens, trained, folder))
-        shutil.rmtree(run.folder / ".trained", ignore_errors=True)
+    with run.at_work() if arguments.process_index == 0 else nullcontext():
+        with arguments.main_process_first(local=False):
+            tokens = data.tokenize(rows, tokenizer, arguments.mask, arguments.max_length, arguments.dataset_num_proc)
+            if arguments.process_index == 0 and recipe.student.from_teacher and not run.student.is_dir():
+                with plain_loading(arguments):
+                    run.build(run.student, lambda folder: _make_student(recipe, tokenizer, rows, folder))
+        train_and_save(
+            run,
+            arguments,
+            make_trainer=lambda: _trainer(recipe, run, tokenizer, tokens),
+            save=lambda trained, folder: _save(recipe, tokenizer, tokens, trained, folder),
+        )
 
 
 def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
@@ -97,13 +63,7 @@ def evaluate(recipe: Recipe, tree: dict[str, Any]) -> dict[str, Any]:
         UserError: the recipe has no `evaluation`, or the student is not trained yet.
     """
     run, section = Run(recipe.training.output_dir, tree), recipe.evaluation
-    if section is None:
-        raise UserError("The recipe has no `evaluation` section.")
-    run.check_recipe()
-    if not run.model.is_dir():
-        raise UserError(
-            f"There is no trained model in {run.folder} yet: `llmdistill run` or `llmdistill train` first."
-        )
+    check_evaluable(recipe, run)
     results = run.results()
     if results is None:
         tokenizer = models.load_tokenizer(str(run.model))
@@ -141,14 +101,6 @@ def _make_student(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Data
     cut_layers(student, layers)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _finished(checkpoint: Path, arguments: TaidConfig) -> Path | None:
-    """Where the weights of a training lie that ended with this checkpoint, None where it has steps to go."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
-        return None
-    return Path(state.best_model_checkpoint) if arguments.load_best_model_at_end else checkpoint
 
 
 def _trainer(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerBase, tokens: Dataset) -> TaidTrainer:

@@ -11,24 +11,13 @@ from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.distributed import plain_loading
 from llmdistill.evaluation.multiple_choice import check_file
 from llmdistill.jobs.checks import Faults, check_context, check_launch, check_training_section
+from llmdistill.jobs.sections import Teacher, check_origin
 from llmdistill.students.init import check_layers
 from llmdistill.trainers.taid import TaidConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(kw_only=True)
-class Teacher:
-    """The model that is asked."""
-
-    model: str
-    """`samples/<name>`, a folder, or a name on the Hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """By default bfloat16 where the machine is fast at it, else float32."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model."""
 
 
 @dataclass(kw_only=True)
@@ -63,14 +52,7 @@ class Student:
     """Run Python code that lies beside the model."""
 
     def __post_init__(self):
-        if self.from_teacher == (self.model is not None):
-            raise ValueError("give either `model` or `from_teacher: true`, and not both.")
-        if self.from_teacher and self.layers is None:
-            raise ValueError("`from_teacher` needs `layers`: how many to keep, or a list of them.")
-        if not self.from_teacher and self.layers is not None:
-            raise ValueError("`layers` cuts the teacher: it needs `from_teacher: true`.")
-        if self.probe_rows < 1:
-            raise ValueError(f"`probe_rows` must be at least 1, got {self.probe_rows}.")
+        check_origin(self.model, self.from_teacher, self.layers, self.probe_rows)
 
 
 @dataclass(kw_only=True)

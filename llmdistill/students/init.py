@@ -16,7 +16,7 @@ def layer_scores(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[floa
     hidden state `[H]` of a token. Layers before the one left out are not computed again.
 
     Args:
-        model: a causal language model, on the device of `inputs`.
+        model: a causal language model or an encoder under any head, on the device of `inputs`.
         inputs: a probe batch with `input_ids` and `attention_mask`, both `[B, S]`.
 
     Returns:
@@ -24,14 +24,15 @@ def layer_scores(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[floa
 
     Source: LAPTOP-Diff (arXiv:2404.11098), section 3.1: such scores add up well enough to choose by them at once.
     """
-    decoder, layers = model.get_decoder(), decoder_layers(model)
+    trunk, layers = model.get_decoder(), layers_of(model)
+    options = {"use_cache": False} if model.can_generate() else {}
     counted = inputs["attention_mask"].bool()
     inputs_of, outputs_of = {}, {}
     handles = [
         layer.register_forward_hook(_remember(index, inputs_of, outputs_of), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
-    full = decoder(**inputs, use_cache=False).last_hidden_state[counted].float()
+    full = trunk(**inputs, **options).last_hidden_state[counted].float()
     for handle in handles:
         handle.remove()
 
@@ -40,7 +41,7 @@ def layer_scores(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[floa
         known = {index: outputs_of[index] for index in range(left_out)}
         known[left_out] = _with_hidden(outputs_of[left_out], inputs_of[left_out])
         with _known_outputs(layers, known):
-            without = decoder(**inputs, use_cache=False).last_hidden_state[counted].float()
+            without = trunk(**inputs, **options).last_hidden_state[counted].float()
         scores.append((full - without).square().sum(-1).mean().item())
     return scores
 
@@ -76,34 +77,40 @@ def cut_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
     Raises:
         ValueError: the list is empty, not rising, or names a layer that the model has not.
     """
-    config, num_layers = model.config.get_text_config(), len(decoder_layers(model))
+    config, layers = model.config.get_text_config(), layers_of(model)
+    num_layers = len(layers)
     check_layers(kept, num_layers)
-    decoder, name = model.get_decoder(), _layers_name(model)
-    setattr(decoder, name, nn.ModuleList(getattr(decoder, name)[index] for index in kept))
+    parent, name = _stack(model)
+    setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
     for key, value in config.to_dict().items():  # per-layer settings such as `layer_types`
         if isinstance(value, list) and len(value) == num_layers:
             setattr(config, key, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of layers of a causal language model."""
-    return getattr(model.get_decoder(), _layers_name(model))
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of layers of a language model or an encoder."""
+    parent, name = _stack(model)
+    return getattr(parent, name)
 
 
-def _layers_name(model: PreTrainedModel) -> str:
+def _stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The part of the trunk that holds its stack of layers, and the stack's name there."""
     num_layers = model.config.get_text_config().num_hidden_layers
-    names = [
-        name
-        for name, module in model.get_decoder().named_children()
+    trunk = model.get_decoder()  # of encoders too
+    paths = [
+        path
+        for path, module in trunk.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
-    if len(names) != 1:
+    outermost = [path for path in paths if path.count(".") == min(one.count(".") for one in paths)]
+    if len(outermost) != 1:
         raise ValueError(
             f"Cannot tell which part of {type(model).__name__} is its stack of {num_layers} layers. Give the student "
             "as a model of its own (`student.model`)."
         )
-    return names[0]
+    parent, _, name = outermost[0].rpartition(".")
+    return trunk.get_submodule(parent), name
 
 
 def _remember(index: int, inputs_of: dict, outputs_of: dict):
