@@ -105,6 +105,23 @@ def read_file(file: Path) -> "Dataset":
         raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
 
 
+def together(sources: list["Dataset"]) -> "Dataset":
+    """Data sets of one kind of rows, one after another.
+
+    Raises:
+        UserError: they have other columns, or other types in them.
+    """
+    import datasets
+
+    try:
+        if any(set(source.column_names) != set(sources[0].column_names) for source in sources):
+            raise ValueError
+        return datasets.concatenate_datasets(sources)
+    except ValueError:
+        kinds = [str(source.features) for source in sources]
+        raise UserError(f"the sources have different kinds of rows: {kinds}. Use one kind.") from None
+
+
 def cache_name(code: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", *settings) -> str:
     """A name for what tokenising `rows` gives, under which the datasets library keeps it.
 

@@ -8,8 +8,8 @@ from types import ModuleType
 from llmdistill import recipe
 from llmdistill.errors import nearest
 
-JOBS = {"taid": "language"}
-"""Method of a recipe -> module of this package, which holds `Recipe`, `run`, `train` and `evaluate`."""
+JOBS = {"taid": "language", "lelp": "encoder", "finetune": "encoder"}
+"""Method of a recipe -> module of this package, which holds `RECIPES`, `run`, `train` and `evaluate`."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModuleType, object, dict]:
@@ -24,4 +24,4 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModuleType, o
         got = f"got `{method}`." if method else "it is missing."
         raise recipe.RecipeError(f"{path} cannot be run:\n  method: expected a method, {got}{nearest(method, JOBS)}")
     job = importlib.import_module(f"llmdistill.jobs.{JOBS[method]}")
-    return job, recipe.build(job.Recipe, tree, path), tree
+    return job, recipe.build(job.RECIPES[method], tree, path), tree

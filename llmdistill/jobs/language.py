@@ -27,6 +27,7 @@ from llmdistill.runs import RESULTS, Run, write_whole
 from llmdistill.students.init import choose_layers, cut_layers, layer_scores
 from llmdistill.trainers.taid import TaidTrainer
 
+RECIPES = {"taid": Recipe}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

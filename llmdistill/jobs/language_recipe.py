@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmdistill import models
 from llmdistill.data import language as data
-from llmdistill.data.rows import Source
+from llmdistill.data.rows import Source, together
 from llmdistill.data.vocabulary import shared_vocabulary
 from llmdistill.distributed import plain_loading
 from llmdistill.evaluation.multiple_choice import check_file
@@ -140,7 +140,7 @@ def check(recipe: Recipe) -> tuple["PreTrainedTokenizerBase", "Dataset"]:
         num_layers = configs["teacher"].get_text_config().num_hidden_layers
         faults.attempt("student.layers", check_layers, recipe.student.layers, num_layers)
     faults.report()
-    rows = faults.attempt("data", _together, sources)
+    rows = faults.attempt("data", together, sources)
     with plain_loading(recipe.training):
         tokenizer = faults.attempt("student", _tokenizer, recipe, configs)
     faults.report()
@@ -178,16 +178,6 @@ def _check_evaluation(recipe: Recipe, configs: dict[str, Any], faults: Faults) -
     for index, choice in enumerate(section.multiple_choice):
         faults.attempt(f"evaluation.multiple_choice.{index}", check_file, choice.path)
     return faults.attempt("evaluation.data", data.load, section.data)
-
-
-def _together(sources: list["Dataset"]) -> "Dataset":
-    import datasets
-
-    try:
-        return datasets.concatenate_datasets(sources)
-    except ValueError as error:
-        kinds = [str(source.features) for source in sources]
-        raise ValueError(f"the sources have different kinds of rows: {kinds}. Use one kind.") from error
 
 
 def _tokenizer(recipe: Recipe, configs: dict[str, Any]) -> "PreTrainedTokenizerBase":

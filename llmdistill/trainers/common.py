@@ -101,7 +101,7 @@ class DistillationMixin:
         """
         values = values.masked_fill(~counted, 0.0)
         if not self.model.training:
-            per_example = values.flatten(1).sum(1), counted.flatten(1).sum(1)
+            per_example = tuple(part.reshape(len(part), -1).sum(1) for part in (values, counted))
             self._evaluated[name].append(self.accelerator.gather_for_metrics(per_example))
             return values.sum() / counted.sum().clamp(min=1)
         if num_items_in_batch is None:
@@ -130,8 +130,10 @@ class DistillationMixin:
     def finish_step(self) -> None:
         """After an optimizer step: bring its terms together over ranks, keep them for the log, tell `on_step`."""
         names = list(self._step_terms)
-        values = torch.stack([self._step_terms.pop(name) for name in names])
-        means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        means = {}
+        if names:
+            values = torch.stack([self._step_terms.pop(name) for name in names])
+            means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, value in means.items():
             self._logged_terms[name].append(value)
         self.on_step(means)

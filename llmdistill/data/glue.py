@@ -1,0 +1,169 @@
+"""Rows for classifiers: a sentence or a pair of them, and a label; GLUE's tasks and any data of that kind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmdistill.data.rows import Source, cache_name
+from llmdistill.data.rows import load as load_rows
+from llmdistill.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+SHAPES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "pair"),
+    ("sentence",),
+    ("text",),
+)
+"""The texts of a row, by the first of these shapes that a data set has; the pairs are those of GLUE."""
+LABEL = "label"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set mean."""
+
+    names: tuple[str, ...] | None
+    """Of the classes in the order of their ids; None where labels are numbers to be predicted (regression)."""
+    known: bool = True
+    """Whether the names are the data's own; else they are the ids as text."""
+
+
+def load(source: Source, extra: Sequence[str] = (), texts: int | None = None) -> "Dataset":
+    """The rows of `source` as `text`, `pair` where there are two, `label` where there is one, and `extra` columns.
+
+    Args:
+        source: of a recipe.
+        extra: further columns to keep, under the data set's names.
+        texts: how many texts a row must have; any number if None.
+
+    Raises:
+        UserError: no such data, unreadable, empty, without texts, with another number of them, or a column missing.
+    """
+    rows, where = load_rows(source, [*(column for shape in SHAPES for column in shape), LABEL])
+    shape = next((shape for shape in SHAPES if set(shape) <= set(rows.column_names)), None)
+    if shape is None:
+        raise UserError(
+            f"{where} has the columns {', '.join(rows.column_names)}: expected `sentence`, or `sentence1` and "
+            "`sentence2`. Name yours with `columns`, e.g. `columns: {sentence: review}`."
+        )
+    if texts is not None and texts != len(shape):
+        kind = {1: "one text", 2: "a pair of texts"}
+        raise UserError(f"{where} has {kind[len(shape)]} in a row ({', '.join(shape)}), expected {kind[texts]}.")
+    for column in extra:
+        if column not in rows.column_names:
+            raise UserError(f"{where} has no column `{column}`.{nearest(column, rows.column_names)}")
+    kept = [*shape, *([LABEL] if LABEL in rows.column_names else []), *extra]
+    rows = rows.select_columns(list(dict.fromkeys(kept)))
+    rows = rows.rename_columns({theirs: ours for theirs, ours in zip(shape, ("text", "pair"), strict=False)})
+    for name in ("text", "pair")[: len(shape)]:
+        for number, text in enumerate(rows[name], start=1):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where}: row {number} has no text in `{shape[name == 'pair']}`. Mend or remove it.")
+    return rows
+
+
+def labels_of(rows: "Dataset") -> Labels | None:
+    """What the labels mean, or None where no row has one.
+
+    Names of the data set's own are kept in its order, texts are put in alphabetical order, integers count from 0, and
+    numbers with a fraction are to be predicted. None and -1 are rows without a label.
+    """
+    if LABEL not in rows.column_names:
+        return None
+    feature, values = rows.features[LABEL], [value for value in rows[LABEL] if value is not None and value != -1]
+    if not values:
+        return None
+    if getattr(feature, "names", None):
+        return Labels(tuple(feature.names))
+    if isinstance(values[0], str):
+        return Labels(tuple(sorted(set(values))))
+    if isinstance(values[0], float):
+        return Labels(None)
+    if min(values) < 0:
+        raise UserError(f"Labels must be class numbers from 0 on, got {min(values)}; -1 says that there is none.")
+    return Labels(tuple(str(number) for number in range(max(2, max(values) + 1))), known=False)
+
+
+def class_order(theirs: Sequence[str], ours: Sequence[str], who: str) -> list[int]:
+    """Which of our classes each of their classes is.
+
+    Names are compared without regard to case. Where either side has only numbers for names (`LABEL_0`, `0`), classes
+    are taken by their place.
+
+    Args:
+        theirs: class names of some data, or of another model.
+        ours: class names of the model that is to understand them.
+        who: what to call the other side in the error.
+
+    Returns:
+        For each of their classes the index among ours.
+
+    Raises:
+        UserError: other names, or another number of classes.
+    """
+    if are_numbers(theirs) or are_numbers(ours):
+        if len(theirs) > len(ours) or (len(theirs) < len(ours) and not are_numbers(theirs)):
+            raise UserError(f"{who} has {len(theirs)} classes, the model {len(ours)}.")
+        return list(range(len(theirs)))
+    places = {name.casefold(): index for index, name in enumerate(ours)}
+    unknown = [name for name in theirs if name.casefold() not in places]
+    if unknown:
+        raise UserError(
+            f"{who} has classes that the model does not know: {', '.join(unknown[:5])}. The model's are "
+            f"{', '.join(ours[:10])}. Rename them, or take another model."
+        )
+    return [places[name.casefold()] for name in theirs]
+
+
+def with_class_ids(rows: "Dataset", ours: Sequence[str] | None, who: str) -> "Dataset":
+    """Rows whose `label` is an id among the classes `ours`, -1 where a row has none; numbers stay for regression.
+
+    Raises:
+        UserError: classes that the model does not know, or classes where it predicts a number.
+    """
+    labels = labels_of(rows)
+    if labels is None:
+        return rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
+    if (labels.names is None) != (ours is None):
+        kinds = {True: "numbers to be predicted", False: "classes"}
+        raise UserError(f"{who} has {kinds[labels.names is None]}, the model knows {kinds[ours is None]}.")
+    if ours is None:
+        return rows
+    order = class_order(labels.names, ours, who)
+    ids = {name: order[index] for index, name in enumerate(labels.names)}
+    values = rows[LABEL][:]
+    if values and not isinstance(next(value for value in values if value is not None), str):
+        ids = {index: order[index] for index in range(len(order))}
+    column = [-1 if value is None else ids.get(value, -1) for value in values]
+    return rows.remove_columns(LABEL).add_column(LABEL, column)
+
+
+def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
+    """Texts as the inputs of a model; `label` becomes `labels`, other columns stay.
+
+    Args:
+        rows: of `load`.
+        tokenizer: of the model.
+        max_length: tokens of a row; of a pair the longer text is cut first.
+    """
+
+    def convert(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=max_length)
+        return {name: values for name, values in encoded.items() if name != "attention_mask"}
+
+    texts = [name for name in ("text", "pair") if name in rows.column_names]
+    name = cache_name(__file__, rows, tokenizer, max_length)
+    tokens = rows.map(convert, batched=True, remove_columns=texts, desc="Tokenizing", new_fingerprint=name)
+    return tokens.rename_column(LABEL, "labels") if LABEL in tokens.column_names else tokens
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether class names say nothing but their place."""
+    return all(name.removeprefix("LABEL_").isdigit() for name in names)
