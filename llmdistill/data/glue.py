@@ -130,7 +130,7 @@ def with_class_ids(rows: "Dataset", ours: Sequence[str] | None, who: str) -> "Da
     """
     labels = labels_of(rows)
     if labels is None:
-        return rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
+        return unlabelled(rows)
     if (labels.names is None) != (ours is None):
         kinds = {True: "numbers to be predicted", False: "classes"}
         raise UserError(f"{who} has {kinds[labels.names is None]}, the model knows {kinds[ours is None]}.")
@@ -145,8 +145,13 @@ def with_class_ids(rows: "Dataset", ours: Sequence[str] | None, who: str) -> "Da
     return rows.remove_columns(LABEL).add_column(LABEL, column)
 
 
+def unlabelled(rows: "Dataset") -> "Dataset":
+    """Rows without their labels."""
+    return rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
+
+
 def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
-    """Texts as the inputs of a model; `label` becomes `labels`, other columns stay.
+    """Texts as the inputs of a model, and `labels` where there is a `label`; other columns are left out.
 
     Args:
         rows: of `load`.
@@ -158,9 +163,9 @@ def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: 
         encoded = tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=max_length)
         return {name: values for name, values in encoded.items() if name != "attention_mask"}
 
-    texts = [name for name in ("text", "pair") if name in rows.column_names]
+    others = [name for name in rows.column_names if name != LABEL]
     name = cache_name(__file__, rows, tokenizer, max_length)
-    tokens = rows.map(convert, batched=True, remove_columns=texts, desc="Tokenizing", new_fingerprint=name)
+    tokens = rows.map(convert, batched=True, remove_columns=others, desc="Tokenizing", new_fingerprint=name)
     return tokens.rename_column(LABEL, "labels") if LABEL in tokens.column_names else tokens
 
 

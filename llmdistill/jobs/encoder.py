@@ -93,8 +93,7 @@ def _make_student(recipe: Recipe, plan: Plan, tokenizer: PreTrainedTokenizerBase
     if section.from_teacher:
         if isinstance(layers, int):
             rows = plan.rows.select(range(min(section.probe_rows, len(plan.rows))))
-            tokens = data.tokenize(rows, tokenizer, recipe.training.max_length)
-            tokens = tokens.select_columns([one for one in tokens.column_names if one in tokenizer.model_input_names])
+            tokens = data.tokenize(data.unlabelled(rows), tokenizer, recipe.training.max_length)
             inputs = tokenizer.pad(tokens[:], return_tensors="pt")
             layers = choose_layers(layer_scores(student.eval(), dict(inputs)), layers)
             print(f"Layers of the student, chosen by output error: {layers}")

@@ -97,7 +97,4 @@ def labelled_tokens(
     if data.LABEL not in rows.column_names or -1 in rows[data.LABEL]:
         raise ValueError("Fine-tuning needs a `label` in every row.")
     with args.main_process_first(local=False, desc="tokenising"):
-        tokens = data.tokenize(rows, tokenizer, args.max_length)
-    return tokens.select_columns(
-        [*(name for name in tokens.column_names if name in tokenizer.model_input_names), "labels"]
-    )
+        return data.tokenize(rows, tokenizer, args.max_length)

@@ -214,9 +214,8 @@ class Targets:
         args = self.args
         with args.main_process_first(local=False, desc="tokenising"):
             rows = data.with_class_ids(rows, self.names, "The data set")
-            asked = data.tokenize(rows, self.tokenizer, args.max_length)
-            asked = asked.select_columns([name for name in asked.column_names if name in self._inputs()])
-            tokens = data.tokenize(rows, tokenizer, args.max_length)
+            texts = data.unlabelled(rows)
+            asked, tokens = (data.tokenize(texts, one, args.max_length) for one in (self.tokenizer, tokenizer))
         teacher = EncoderTeacher(self._model, self._pad([asked[0]]))
         store = AnswerStore(args.answers_root, fingerprint(self._model, asked["input_ids"]), len(asked))
         ask(teacher, asked, self._pad, store, args.teacher_batch_size, args.process_index, args.world_size)
@@ -233,13 +232,8 @@ class Targets:
                     answers["logits"], split(piece, answers), args.temperature, args.subclass_temperature
                 ).flatten(1)
             )
-        kept = [name for name in tokens.column_names if name in tokenizer.model_input_names]
-        tokens = tokens.select_columns(kept)
         tokens = tokens.add_column("labels", labels.tolist())
         return tokens.add_column("targets", list(torch.cat(targets).numpy()))
-
-    def _inputs(self) -> list[str]:
-        return self.tokenizer.model_input_names
 
     def _answers(self, store: AnswerStore):
         """Piece by piece the rows' numbers and the answers, logits in the order of the student's classes."""
