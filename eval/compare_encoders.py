@@ -62,7 +62,11 @@ def _controls(task: str) -> tuple[str, ...]:
 
 def _teacher(task: str, path: str, folder: Path) -> dict[str, float]:
     overrides = [f"data.0.path={path}", f"evaluation.data.path={path}", f"evaluation.data.split={SPLITS[task]}"]
-    return _run(TEACHER_RECIPE, folder / f"teacher-{task}", overrides)["student"]
+    run = folder / f"teacher-{task}"
+    if not (run / "model").is_dir():
+        for student in folder.glob(f"{task}-*"):  # of an earlier teacher
+            shutil.rmtree(student)
+    return _run(TEACHER_RECIPE, run, overrides)["student"]
 
 
 def _student(task: str, path: str, rows: int, control: str, seed: int, folder: Path) -> None:
@@ -87,15 +91,14 @@ def _folder(folder: Path, task: str, rows: int, control: str, seed: int) -> Path
 
 
 def _run(recipe: str, run: Path, overrides: list[str]) -> dict:
-    """The results of a run, which is made if it is not there."""
+    """The results of a run, which is made unless it is finished; a folder of another recipe is refused."""
     from llmdistill import jobs
 
+    print(f"== {run}", flush=True)
     job, loaded, tree = jobs.load(recipe, [*overrides, f"training.output_dir={run}"])
-    if not (run / "results.json").is_file():
-        print(f"== {run}", flush=True)
-        job.run(loaded, tree)
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+    job.run(loaded, tree)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return json.loads((run / "results.json").read_text())["models"]
 
 

@@ -38,7 +38,7 @@ def main(
     try:
         source = dict(path=data, split=split, name=name, rows=rows, columns=dict(_named(one) for one in column or []))
         models = [_named(one) for one in model]
-        _check(models, task, submission, output)
+        _check(models, task, submission, output, batch_size)
         results = evaluate(models, source, task or _task(data, name), max_length, batch_size, submission)
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
@@ -64,8 +64,10 @@ def evaluate(
     for name, path in models:
         loaded, tokenizer = classifiers.load(path).to(default_device()).eval(), load_tokenizer(path)
         if submission is not None:
-            tokens = data.tokenize(rows, tokenizer, max_length)
-            print(glue.write_submission(submission, task, glue.predict(loaded, tokenizer, tokens, batch_size)[0]))
+            tokens = data.tokenize(data.unlabelled(rows), tokenizer, max_length)
+            logits, _ = glue.predict(loaded, tokenizer, tokens, batch_size)
+            logits = glue.in_order_of(task, logits, classifiers.class_names(loaded.config))
+            print(glue.write_submission(submission, task, logits))
         else:
             results[name].append(glue.evaluate(loaded, tokenizer, rows, task, max_length, batch_size)[0])
     if results:
@@ -74,9 +76,13 @@ def evaluate(
     return results
 
 
-def _check(models: list[tuple[str, str]], task: str | None, submission: Path | None, output: Path | None) -> None:
+def _check(
+    models: list[tuple[str, str]], task: str | None, submission: Path | None, output: Path | None, batch_size: int
+) -> None:
     from llmdistill.evaluation.glue import TASKS
 
+    if batch_size < 1:
+        raise UserError(f"`--batch-size` must be at least 1, got {batch_size}.")
     if task is not None and task not in TASKS:
         raise UserError(f"`--task` is `{task}`.{nearest(task, TASKS)}")
     if submission is not None and (task is None or len(models) != 1):

@@ -31,8 +31,8 @@ class Labels:
 
     names: tuple[str, ...] | None
     """Of the classes in the order of their ids; None where labels are numbers to be predicted (regression)."""
-    known: bool = True
-    """Whether the names are the data's own; else they are the ids as text."""
+    are_ids: bool = False
+    """Labels are bare class numbers: `names` are these numbers as text and say nothing."""
 
 
 def load(source: Source, extra: Sequence[str] = (), texts: int | None = None) -> "Dataset":
@@ -72,30 +72,36 @@ def load(source: Source, extra: Sequence[str] = (), texts: int | None = None) ->
 def labels_of(rows: "Dataset") -> Labels | None:
     """What the labels mean, or None where no row has one.
 
-    Names of the data set's own are kept in its order, texts are put in alphabetical order, integers count from 0, and
-    numbers with a fraction are to be predicted. None and -1 are rows without a label.
+    Names of the data set's own are kept in its order, texts are put in alphabetical order (numbers among them by
+    size), integers count classes from 0, and numbers with a fraction are to be predicted. Rows without a label have
+    None, NaN or, among classes, -1. Whole numbers that a file gives as fractions because some are missing are classes.
+
+    Raises:
+        UserError: negative class numbers.
     """
     if LABEL not in rows.column_names:
         return None
-    feature, values = rows.features[LABEL], [value for value in rows[LABEL] if value is not None and value != -1]
-    if not values:
+    values = [value for value in rows[LABEL] if not _is_missing(value)]
+    present = [value for value in values if value != -1]
+    if not present:
         return None
-    if getattr(feature, "names", None):
-        return Labels(tuple(feature.names))
-    if isinstance(values[0], str):
-        return Labels(tuple(sorted(set(values))))
-    if isinstance(values[0], float):
+    if getattr(rows.features[LABEL], "names", None):
+        return Labels(tuple(rows.features[LABEL].names))
+    if isinstance(present[0], str):
+        return Labels(tuple(sorted(set(present), key=lambda name: (int(name) if name.isdigit() else -1, name))))
+    has_gaps = len(values) < len(rows) and all(value == int(value) for value in values)
+    if isinstance(present[0], float) and not has_gaps:
         return Labels(None)
-    if min(values) < 0:
-        raise UserError(f"Labels must be class numbers from 0 on, got {min(values)}; -1 says that there is none.")
-    return Labels(tuple(str(number) for number in range(max(2, max(values) + 1))), known=False)
+    if min(present) < 0:
+        raise UserError(f"Labels must be class numbers from 0 on, got {min(present)}; -1 says that there is none.")
+    return Labels(tuple(str(number) for number in range(max(2, int(max(present)) + 1))), are_ids=True)
 
 
 def class_order(theirs: Sequence[str], ours: Sequence[str], who: str) -> list[int]:
     """Which of our classes each of their classes is.
 
-    Names are compared without regard to case. Where either side has only numbers for names (`LABEL_0`, `0`), classes
-    are taken by their place.
+    Equal names are equal classes; else names are compared without regard to case; else, where one side has only
+    numbers for names (`LABEL_0`, `0`), a class is the one at the place that the number says.
 
     Args:
         theirs: class names of some data, or of another model.
@@ -108,25 +114,35 @@ def class_order(theirs: Sequence[str], ours: Sequence[str], who: str) -> list[in
     Raises:
         UserError: other names, or another number of classes.
     """
-    if are_numbers(theirs) or are_numbers(ours):
-        if len(theirs) > len(ours) or (len(theirs) < len(ours) and not are_numbers(theirs)):
-            raise UserError(f"{who} has {len(theirs)} classes, the model {len(ours)}.")
-        return list(range(len(theirs)))
-    places = {name.casefold(): index for index, name in enumerate(ours)}
-    unknown = [name for name in theirs if name.casefold() not in places]
-    if unknown:
+    if set(theirs) <= set(ours):
+        return [list(ours).index(name) for name in theirs]
+    folded = [name.casefold() for name in ours]
+    unknown = [name for name in theirs if folded.count(name.casefold()) != 1]
+    if not unknown and len({name.casefold() for name in theirs}) == len(theirs):
+        return [folded.index(name.casefold()) for name in theirs]
+    if are_numbers(theirs):
+        places = [_number(name) for name in theirs]
+    elif are_numbers(ours) and len(theirs) == len(ours):
+        numbers = [_number(name) for name in ours]
+        places = [numbers.index(place) if place in numbers else len(ours) for place in range(len(theirs))]
+    elif are_numbers(ours):
+        places = [len(ours)]
+    else:
         raise UserError(
-            f"{who} has classes that the model does not know: {', '.join(unknown[:5])}. The model's are "
+            f"{who} has classes that the model does not know: {', '.join(unknown[:5] or theirs[:5])}. The model's are "
             f"{', '.join(ours[:10])}. Rename them, or take another model."
         )
-    return [places[name.casefold()] for name in theirs]
+    if max(places) >= len(ours):
+        raise UserError(f"{who} has {len(theirs)} classes ({', '.join(theirs[:5])}), the model {len(ours)}.")
+    return places
 
 
 def with_class_ids(rows: "Dataset", ours: Sequence[str] | None, who: str) -> "Dataset":
     """Rows whose `label` is an id among the classes `ours`, -1 where a row has none; numbers stay for regression.
 
     Raises:
-        UserError: classes that the model does not know, or classes where it predicts a number.
+        UserError: classes that the model does not know, classes where it predicts a number, or numbers of which some
+            are missing.
     """
     labels = labels_of(rows)
     if labels is None:
@@ -134,15 +150,20 @@ def with_class_ids(rows: "Dataset", ours: Sequence[str] | None, who: str) -> "Da
     if (labels.names is None) != (ours is None):
         kinds = {True: "numbers to be predicted", False: "classes"}
         raise UserError(f"{who} has {kinds[labels.names is None]}, the model knows {kinds[ours is None]}.")
-    if ours is None:
-        return rows
-    order = class_order(labels.names, ours, who)
-    ids = {name: order[index] for index, name in enumerate(labels.names)}
     values = rows[LABEL][:]
-    if values and not isinstance(next(value for value in values if value is not None), str):
-        ids = {index: order[index] for index in range(len(order))}
-    column = [-1 if value is None else ids.get(value, -1) for value in values]
-    return rows.remove_columns(LABEL).add_column(LABEL, column)
+    if ours is None:
+        if missing := sum(map(_is_missing, values)):
+            raise UserError(f"{who}: {missing} of {len(rows)} rows have no number to be predicted. Remove them.")
+        return rows
+    if labels.are_ids:
+        if len(labels.names) > max(2, len(ours)):
+            raise UserError(f"{who} has the class {len(labels.names) - 1}, the model only 0 to {len(ours) - 1}.")
+        ids = {number: number for number in range(len(ours))}
+    else:
+        order = class_order(labels.names, ours, who)
+        keys = labels.names if isinstance(next(filter(None, values), 0), str) else range(len(order))
+        ids = dict(zip(keys, order, strict=True))
+    return rows.remove_columns(LABEL).add_column(LABEL, [ids.get(value, -1) for value in values])
 
 
 def unlabelled(rows: "Dataset") -> "Dataset":
@@ -172,3 +193,11 @@ def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: 
 def are_numbers(names: Sequence[str]) -> bool:
     """Whether class names say nothing but their place."""
     return all(name.removeprefix("LABEL_").isdigit() for name in names)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("LABEL_"))
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value != value  # NaN

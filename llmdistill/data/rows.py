@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class Source:
 
     def __post_init__(self):
         if self.rows is not None and self.rows < 1:
-            raise ValueError(f"`rows` must be at least 1, got {self.rows}.")
+            raise UserError(f"`rows` must be at least 1, got {self.rows}.")
 
 
 def load(source: Source, known: Iterable[str]) -> tuple["Dataset", str]:
@@ -54,9 +55,9 @@ def load(source: Source, known: Iterable[str]) -> tuple["Dataset", str]:
     for ours in source.columns:
         if ours not in known:
             raise UserError(f"`columns` maps our names to the data set's; `{ours}` is none.{nearest(ours, known)}")
-    file = find(source)
-    rows = _load_from_hub(source) if file is None else read_file(file)
-    where = f"{source.path} ({source.split})" if file is None else str(file)
+    files = find(source)
+    rows = _load_from_hub(source) if files is None else read_files(files)
+    where = f"{source.path} ({source.split})" if files is None else str(files[0])
     for theirs in source.columns.values():
         if theirs not in rows.column_names:
             raise UserError(f"{where} has no column `{theirs}`.{nearest(theirs, rows.column_names)}")
@@ -66,8 +67,10 @@ def load(source: Source, known: Iterable[str]) -> tuple["Dataset", str]:
     return rows.select(range(min(source.rows or len(rows), len(rows)))), where
 
 
-def find(source: Source) -> Path | None:
-    """The file that `source` names, or None where it names a data set on the Hub.
+def find(source: Source) -> list[Path] | None:
+    """The files that `source` names, or None where it names a data set on the Hub.
+
+    A split of a folder is one file of that name, or several of the Hub's form `<split>-00000-of-00002.parquet`.
 
     Raises:
         UserError: the path is neither, or the folder has no such split.
@@ -78,31 +81,35 @@ def find(source: Source) -> Path | None:
     if path.is_file():
         if builder(path) is None:
             raise UserError(f"cannot tell what kind of file `{source.path}` is: it must end in {', '.join(SUFFIXES)}.")
-        return path
+        return [path]
     if path.is_dir():
-        files = {file.name.partition(".")[0]: file for file in sorted(path.iterdir()) if builder(file)}
-        if source.split not in files:
-            raise UserError(f"`{source.path}` has no split `{source.split}`.{nearest(source.split, files)}")
-        return files[source.split]
+        splits: dict[str, list[Path]] = {}
+        for file in sorted(path.iterdir()):
+            if builder(file):
+                splits.setdefault(re.sub(r"-\d+-of-\d+$", "", file.name.partition(".")[0]), []).append(file)
+        if source.split not in splits:
+            raise UserError(f"`{source.path}` has no split `{source.split}`.{nearest(source.split, splits)}")
+        return splits[source.split]
     if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1 or builder(path):
         raise UserError(f"there is no file or folder `{source.path}`.")
     return None
 
 
-def read_file(file: Path) -> "Dataset":
-    """All rows of a file.
+def read_files(files: list[Path]) -> "Dataset":
+    """All rows of files of one kind, one after another.
 
     Raises:
-        UserError: the file is empty or broken; names the first broken line.
+        UserError: a file is empty or broken; names the first broken line.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(builder(file), data_files=str(file), split="train")
+        return datasets.load_dataset(builder(files[0]), data_files=[str(file) for file in files], split="train")
     except StopIteration:
-        raise UserError(f"{file} is empty: it has no rows.") from None
+        raise UserError(f"{files[0]} is empty: it has no rows.") from None
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {_bad_line(file) or error.__cause__ or error}") from None
+        reason = next(filter(None, map(_bad_line, files)), None) or error.__cause__ or error
+        raise UserError(f"cannot read {', '.join(map(str, files))}: {reason}") from None
 
 
 def together(sources: list["Dataset"]) -> "Dataset":

@@ -97,23 +97,42 @@ class Task:
     """The official ones, the first of them the main one."""
     file: str
     """Of a submission."""
-    names: tuple[str, ...] | None = None
-    """Of the classes in a submission, which otherwise has their numbers."""
+    names: tuple[str, ...] | None
+    """Of the classes in GLUE's order; None where a number is predicted."""
+    writes_names: bool = False
+    """A submission holds names of classes, not their numbers."""
 
 
 ENTAILMENT = ("entailment", "not_entailment")
+MNLI = ("entailment", "neutral", "contradiction")
 TASKS = {
-    "cola": Task(1, ("matthews_correlation",), "CoLA.tsv"),
-    "sst2": Task(1, ("accuracy",), "SST-2.tsv"),
-    "mrpc": Task(2, ("f1", "accuracy"), "MRPC.tsv"),
-    "stsb": Task(2, ("pearson", "spearman"), "STS-B.tsv"),
-    "qqp": Task(2, ("f1", "accuracy"), "QQP.tsv"),
-    "mnli_matched": Task(2, ("accuracy",), "MNLI-m.tsv", ("entailment", "neutral", "contradiction")),
-    "mnli_mismatched": Task(2, ("accuracy",), "MNLI-mm.tsv", ("entailment", "neutral", "contradiction")),
-    "qnli": Task(2, ("accuracy",), "QNLI.tsv", ENTAILMENT),
-    "rte": Task(2, ("accuracy",), "RTE.tsv", ENTAILMENT),
-    "wnli": Task(2, ("accuracy",), "WNLI.tsv"),
+    "cola": Task(1, ("matthews_correlation",), "CoLA.tsv", ("unacceptable", "acceptable")),
+    "sst2": Task(1, ("accuracy",), "SST-2.tsv", ("negative", "positive")),
+    "mrpc": Task(2, ("f1", "accuracy"), "MRPC.tsv", ("not_equivalent", "equivalent")),
+    "stsb": Task(2, ("pearson", "spearman"), "STS-B.tsv", None),
+    "qqp": Task(2, ("f1", "accuracy"), "QQP.tsv", ("not_duplicate", "duplicate")),
+    "mnli_matched": Task(2, ("accuracy",), "MNLI-m.tsv", MNLI, writes_names=True),
+    "mnli_mismatched": Task(2, ("accuracy",), "MNLI-mm.tsv", MNLI, writes_names=True),
+    "qnli": Task(2, ("accuracy",), "QNLI.tsv", ENTAILMENT, writes_names=True),
+    "rte": Task(2, ("accuracy",), "RTE.tsv", ENTAILMENT, writes_names=True),
+    "wnli": Task(2, ("accuracy",), "WNLI.tsv", ("not_entailment", "entailment")),
 }
+
+
+def in_order_of(task: str, logits: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
+    """A model's logits `[R, C]` with classes in GLUE's order.
+
+    Raises:
+        UserError: the model knows other classes than the task's.
+    """
+    expected = TASKS[task].names
+    if (expected is None) != (names is None):
+        raise UserError(f"`{task}` is about {'classes' if expected else 'a number'}, the model is not.")
+    if expected is None:
+        return logits
+    if len(names) != len(expected):
+        raise UserError(f"`{task}` has {len(expected)} classes, the model {len(names)}.")
+    return logits[:, data.class_order(expected, names, f"`{task}`")]
 
 
 def metrics_of(task: str | None, regression: bool) -> tuple[str, ...]:
@@ -189,14 +208,20 @@ def evaluate(
         batch_size: rows at once.
 
     Raises:
-        UserError: the rows' labels are not the model's.
+        UserError: the rows' labels, or the task's classes, are not the model's, or no row has a label.
     """
     from llmdistill.classifiers import class_names
 
     names = class_names(model.config)
+    tokens = data.tokenize(data.unlabelled(rows), tokenizer, max_length)
+    logits, speed = predict(model, tokenizer, tokens, batch_size)
+    scored = logits
+    if task is not None:
+        scored, names = in_order_of(task, logits, names), TASKS[task].names
     rows = data.with_class_ids(rows, names, "The data set")
-    logits, speed = predict(model, tokenizer, data.tokenize(rows, tokenizer, max_length), batch_size)
-    results = score(logits, np.array(rows[data.LABEL]), metrics_of(task, names is None))
+    if data.LABEL not in rows.column_names:
+        raise UserError("No row has a label to score by.")
+    results = score(scored, np.array(rows[data.LABEL][:]), metrics_of(task, names is None))
     return results | {"examples_per_second": speed, "parameters": model.num_parameters()}, logits
 
 
@@ -206,9 +231,9 @@ def write_submission(folder: Path, task: str, logits: np.ndarray) -> Path:
     Args:
         folder: to write it to.
         task: of `TASKS`.
-        logits: `[R, C]` of the test rows, classes in GLUE's order.
+        logits: `[R, C]` of the test rows, classes in GLUE's order (see `in_order_of`).
     """
-    file, names = folder / TASKS[task].file, TASKS[task].names
+    file, names = folder / TASKS[task].file, TASKS[task].names if TASKS[task].writes_names else None
     if logits.shape[-1] == 1:
         predictions = [f"{value:.3f}" for value in logits[:, 0].clip(0, 5)]
     else:

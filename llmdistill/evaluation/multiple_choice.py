@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdistill.data.rows import SUFFIXES, builder, read_file
+from llmdistill.data.rows import SUFFIXES, builder, read_files
 from llmdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"there is no file `{path}`.")
     if builder(Path(path)) is None:
         raise UserError(f"cannot tell what kind of file `{path}` is: it must end in {', '.join(SUFFIXES)}.")
-    rows = read_file(Path(path))
+    rows = read_files([Path(path)])
     if missing := FIELDS - set(rows.column_names):
         raise UserError(f"{path} has no field {', '.join(sorted(missing))}: expected rows of query, choices and gold.")
 

@@ -9,6 +9,9 @@ from llmdistill.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
 
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text"}
+"""Architectures that number positions from the padding token's id + 1 on."""
+
 IGNORED = (
     ("trust_remote_code", False, "set it in the sections `student` and `teacher`"),
     ("resume_from_checkpoint", None, "a run goes on from its last whole checkpoint by itself"),
@@ -82,5 +85,7 @@ def check_context(wanted: int | None, configs: dict[str, "PreTrainedConfig | Non
         raise ValueError("it must be a number: rows longer than the models' context cannot be fed to them.")
     for role, config in configs.items():
         context = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if context is not None and config.model_type in OFFSET_POSITIONS:
+            context -= config.pad_token_id + 1
         if context is not None and wanted > context:
             raise ValueError(f"{wanted} tokens exceed the {role}'s context of {context}. Lower it.")

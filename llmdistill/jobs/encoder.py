@@ -71,15 +71,15 @@ def _compare(recipe: Recipe, run: Run) -> dict[str, dict[str, float]]:
     compared = {"student": (classifiers.load(str(run.model)), models.load_tokenizer(str(run.model)))}
     if recipe.teacher is not None:
         compared["teacher"] = (_load_teacher(recipe), load_tokenizers(recipe)[1])
-    results, predicted = {}, {}
+    results, chosen, names = {}, {}, {}
     for name, (model, tokenizer) in compared.items():
         model = model.to(models.default_device()).eval()
         settings = (section.task, recipe.training.max_length, section.batch_size)
         results[name], logits = evaluation.evaluate(model, tokenizer, rows, *settings)
-        names = np.array([name.casefold() for name in classifiers.class_names(model.config) or []])
-        predicted[name] = names[logits.argmax(-1)] if len(names) else None
-    if "teacher" in results:
-        results["student"]["agreement"] = float((predicted["student"] == predicted["teacher"]).mean())
+        chosen[name], names[name] = logits.argmax(-1), classifiers.class_names(model.config)
+    if recipe.teacher is not None and names["student"] is not None:
+        order = np.array(data.class_order(names["teacher"], names["student"], "The teacher"))
+        results["student"]["agreement"] = float((chosen["student"] == order[chosen["teacher"]]).mean())
     return results
 
 

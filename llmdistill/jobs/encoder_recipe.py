@@ -143,7 +143,9 @@ def _held_out(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset") -> "Dataset 
     task = recipe.evaluation.task
     if task is not None and TASKS[task].texts != texts:
         raise UserError(f"`{task}` has {TASKS[task].texts} texts in a row, the training rows {texts}.")
-    held_out = data.load(recipe.evaluation.data, texts=texts)
+    column = getattr(recipe.training, "subclass_column", None)
+    extra = [column] if column is not None and recipe.training.eval_strategy != "no" else []
+    held_out = data.load(recipe.evaluation.data, extra, texts=texts)
     if data.labels_of(held_out) is None:
         raise UserError("no row has a label to score by.")
     return held_out
@@ -163,6 +165,10 @@ def _class_names(
         names = classifiers.class_names(configs["teacher"])
         if names is None:
             raise UserError("the teacher predicts a number, LELP needs classes.")
+        if configs["teacher"].problem_type == "multi_label_classification":
+            raise UserError("the teacher says yes or no to each class by itself; LELP needs one class of several.")
+        if classifiers.num_subclasses(configs["teacher"]) > 1:
+            raise UserError("the teacher was taught subclasses itself: its classes are no linear layer's outputs.")
         if not _is_classifier(configs["teacher"]):
             raise UserError(
                 f"the model has no classification head ({', '.join(configs['teacher'].architectures or ['?'])}). "
@@ -194,7 +200,10 @@ def _check_labels(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: l
     needed = recipe.teacher is None or recipe.training.label_weight > 0
     if missing and needed:
         raise UserError(f"{missing} of {len(rows)} rows have no label. Label them, or distil with `label_weight: 0`.")
-    if recipe.teacher is None or recipe.training.targets != "lelp" or missing:
+    targets = None if recipe.teacher is None else recipe.training.targets
+    if missing and targets == "oracle_subclasses":
+        raise UserError(f"{missing} of {len(rows)} rows have no label, so their true subclass is not known either.")
+    if targets != "lelp" or missing:
         return
     counts, least = Counter(labels), recipe.training.num_subclasses + 1
     if small := [f"{name} has {counts[index]}" for index, name in enumerate(names) if counts[index] < least]:

@@ -237,7 +237,7 @@ def _check_counts(count: Tensor, num_subclasses: int) -> None:
 
 def _check_rank(eigenvalues: Tensor, label: int, num_subclasses: int, noise: Tensor) -> None:
     """Refuse directions whose variance is only rounding: of the teacher's float32 embeddings, whatever their size."""
-    tolerance = max(eigenvalues[-1], noise) * torch.finfo(torch.float32).eps
+    tolerance = max(eigenvalues.max() if len(eigenvalues) else noise, noise) * torch.finfo(torch.float32).eps
     rank = int((eigenvalues > tolerance).sum())
     if rank < num_subclasses:
         raise ValueError(

@@ -109,6 +109,20 @@ class DistillationMixin:
         ranks = self.accelerator.num_processes  # they average their gradients
         return values.sum() * ranks / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
+    def mean_of_batches(self, statistic: Tensor, name: str | None = None) -> Tensor:
+        """Mean over ranks and accumulation steps of a statistic that belongs to a whole batch.
+
+        Args:
+            statistic: a scalar.
+            name: under which evaluation reports the mean over batches, as `eval_<name>`; None reports nothing.
+        """
+        if self.model.training:
+            return statistic / self.current_gradient_accumulation_steps
+        if name is not None:
+            one = statistic.detach().float().reshape(1)
+            self._evaluated[name].append(tuple(self.accelerator.gather(part) for part in (one, torch.ones_like(one))))
+        return statistic
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The library's loop, with the mean over all counted values in place of its mean of batch means."""
         self._evaluated.clear()
@@ -157,6 +171,12 @@ class DistillationMixin:
 
     def load_resumable_state(self, state: dict) -> None:
         """Go on from what `resumable_state` returned; called after `on_train_begin`."""
+
+    def _prepare_input(self, data):
+        """To the device only: under DeepSpeed the library would round targets and labels to the model's dtype."""
+        if isinstance(data, Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     # -- Batches and checkpoints ----------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """LELP and its controls: a teacher of few classes teaches pseudo-subclasses of them."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from llmdistill import classifiers
 from llmdistill.data import glue as data
+from llmdistill.errors import UserError
 from llmdistill.objectives.labels import label_loss
 from llmdistill.objectives.lelp import (
     Directions,
@@ -77,6 +79,8 @@ class LelpConfig(TrainingArguments):
                 faults.append(f"`{name}` must be positive, got {getattr(self, name)}")
         if not 0 <= self.label_weight < 1:
             faults.append(f"`label_weight` must lie in [0, 1), got {self.label_weight}; `method: finetune` is for 1")
+        if self.teacher_batch_size < 1:
+            faults.append(f"`teacher_batch_size` must be at least 1, got {self.teacher_batch_size}")
         if self.num_subclasses < 1:
             faults.append(f"`num_subclasses` must be at least 1, got {self.num_subclasses}")
         if (self.targets == "oracle_subclasses") != (self.subclass_column is not None):
@@ -97,7 +101,7 @@ class LelpTrainer(DistillationMixin, Trainer):
     teacher is asked once, before the training; its answers stay on disk.
 
     Args:
-        model: the student, with `C * num_outputs(...)` labels as `llmdistill.classifiers.new` makes it.
+        model: the student with K outputs for each of C classes, as `llmdistill.classifiers.new` makes it.
         teacher: a classifier with a linear head; None only where rows are prepared.
         args: a `LelpConfig`.
         processing_class: the student's tokenizer.
@@ -119,21 +123,27 @@ class LelpTrainer(DistillationMixin, Trainer):
         eval_dataset: Dataset | None = None,
         **kwargs,
     ):
-        self._targets: Targets | None = None
+        targets = None
         if teacher is not None:
-            self._targets = Targets(model, teacher, args, teacher_processing_class or processing_class)
-        self._tokenizer = processing_class
-        self._args = args
-        self._num_classes = len(classifiers.class_names(model.config) or [])
+            targets = Targets(model, teacher, args, teacher_processing_class or processing_class)
+
+        def prepared(rows: Dataset | None) -> Dataset | None:
+            if rows is None or "targets" in rows.column_names:
+                return rows
+            if targets is None:
+                raise ValueError("`teacher` is missing: only rows with `input_ids`, `labels` and `targets` need none.")
+            return targets.add(rows, processing_class)
+
         super().__init__(
             model,
             args=args,
             processing_class=processing_class,
-            train_dataset=self._prepared(train_dataset),
-            eval_dataset=self._prepared(eval_dataset),
+            train_dataset=prepared(train_dataset),
+            eval_dataset=prepared(eval_dataset),
             data_collator=DataCollatorWithPadding(processing_class),
             **kwargs,
         )
+        self._num_classes = len(classifiers.class_names(model.config))
 
     def compute_loss(
         self,
@@ -162,13 +172,6 @@ class LelpTrainer(DistillationMixin, Trainer):
         loss = self.mean_over_step(loss, counted, num_items_in_batch)
         return (loss, {"logits": of_classes}) if return_outputs else loss
 
-    def _prepared(self, rows: Dataset | None) -> Dataset | None:
-        if rows is None or "targets" in rows.column_names:
-            return rows
-        if self._targets is None:
-            raise ValueError("`teacher` is missing: only rows with `input_ids`, `labels` and `targets` need none.")
-        return self._targets.add(rows, self._tokenizer)
-
 
 class Targets:
     """What a student learns from a teacher's answers to rows: probabilities of subclasses.
@@ -194,8 +197,12 @@ class Targets:
         self.names, self.args, self.tokenizer = names, args, tokenizer
         self._column_of = torch.tensor(data.class_order(theirs, names, "The teacher")).argsort()
         self._num_subclasses = classifiers.num_subclasses(student.config)
-        if args.targets == "vanilla" and self._num_subclasses != 1:
-            raise ValueError(f"`targets: vanilla` has one output for each class, the student {self._num_subclasses}.")
+        outputs = {"vanilla": 1, "oracle_subclasses": self._num_subclasses}.get(args.targets, args.num_subclasses)
+        if self._num_subclasses != outputs:
+            raise ValueError(
+                f"`targets: {args.targets}` needs {outputs} outputs of the student for each class, it has "
+                f"{self._num_subclasses}."
+            )
         self._model = freeze(teacher).to(args.device)
         self._pad = DataCollatorWithPadding(tokenizer)
         self._directions: Directions | None = None
@@ -260,17 +267,21 @@ class Targets:
     def _fit(self, store: AnswerStore, labels: Tensor, weight: Tensor) -> Directions:
         """The directions of these answers; those saved with the run where they are of just these answers."""
         args = self.args
-        settings = (store.folder.name, self._num_subclasses, args.null_space, args.rotate, args.scale, args.seed)
-        settings = {"of": repr((*settings, self.names))}
+        grouped = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+        settings = (self._num_subclasses, args.null_space, args.rotate, args.scale, args.seed, self.names)
+        settings = {"of": repr((store.folder.name, grouped, *settings))}
         file = Path(args.output_dir) / DIRECTIONS
         with args.main_process_first(local=False, desc="fitting directions"):
             if not _is_of(file, settings):
                 moments = Moments(len(self.names), weight.shape[-1])
                 for piece, answers in self._answers(store):
                     moments.add(answers["embeddings"], labels[piece.start : piece.stop])
-                fitted = directions_from(
-                    moments, weight, self._num_subclasses, args.null_space, args.rotate, args.scale, args.seed
-                )
+                options = (args.null_space, args.rotate, args.scale, args.seed)
+                try:
+                    fitted = directions_from(moments, weight, self._num_subclasses, *options)
+                except ValueError as error:
+                    names = ", ".join(f"{number} {name}" for number, name in enumerate(self.names))
+                    raise UserError(f"{error} (The classes: {names}.)") from None
                 file.parent.mkdir(parents=True, exist_ok=True)
                 tensors = {name: value.contiguous() for name, value in vars(fitted).items()}
                 save_file(tensors, file.with_suffix(".part"), metadata=settings)

@@ -69,10 +69,13 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, rows, options, complaint):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([1, 0, 2], Labels(("0", "1", "2"), known=False)),
-        ([1, -1, None], Labels(("0", "1"), known=False)),
+        ([1, 0, 2], Labels(("0", "1", "2"), are_ids=True)),
+        ([1, -1, None], Labels(("0", "1"), are_ids=True)),
+        ([1.0, None, 2.0], Labels(("0", "1", "2"), are_ids=True)),  # integers with gaps, as a csv file gives them
         (["b", "a", "b"], Labels(("a", "b"))),
+        (["10", "9", "2"], Labels(("2", "9", "10"))),
         ([0.5, 4.0, 1.0], Labels(None)),
+        ([1.0, 2.0, -1.0], Labels(None)),
         ([-1, -1, -1], None),
     ],
 )
@@ -87,14 +90,51 @@ def test_names_of_the_data_set_itself_are_kept_in_its_order():
     assert with_class_ids(rows, ["a", "maybe", "NO"], "x")["label"][:] == [0, 2]
 
 
-def test_class_order_by_name_and_by_place():
-    assert class_order(["b", "A"], ["a", "b", "c"], "x") == [1, 0]
-    assert class_order(["0", "1"], ["neg", "pos"], "x") == [0, 1]
-    assert class_order(["neg", "pos"], ["LABEL_0", "LABEL_1"], "x") == [0, 1]
-    with pytest.raises(UserError, match="The teacher has classes that the model does not know: bad"):
-        class_order(["good", "bad"], ["good", "evil"], "The teacher")
-    with pytest.raises(UserError, match="has 3 classes, the model 2"):
-        class_order(["0", "1", "2"], ["a", "b"], "x")
+@pytest.mark.parametrize(
+    ("theirs", "ours", "order"),
+    [
+        (["b", "A"], ["a", "b", "c"], [1, 0]),
+        (["2", "4", "5"], ["1", "2", "3", "4", "5"], [1, 3, 4]),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
+        (["US", "us"], ["us", "US"], [1, 0]),
+        (["0", "1"], ["neg", "pos"], [0, 1]),
+        (["1", "0"], ["neg", "pos"], [1, 0]),
+        (["neg", "pos"], ["LABEL_1", "LABEL_0"], [1, 0]),
+    ],
+)
+def test_class_order_by_name_and_by_place(theirs, ours, order):
+    assert class_order(theirs, ours, "x") == order
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "complaint"),
+    [
+        (["good", "bad"], ["good", "evil"], "The teacher has classes that the model does not know: bad"),
+        (["0", "1", "2"], ["a", "b"], r"has 3 classes \(0, 1, 2\), the model 2"),
+        (["a", "b"], ["0", "1", "2"], "has 2 classes"),
+        (["Us"], ["us", "US"], "does not know: Us"),
+    ],
+)
+def test_other_classes_are_refused(theirs, ours, complaint):
+    with pytest.raises(UserError, match=complaint):
+        class_order(theirs, ours, "The teacher")
+
+
+def test_bare_numbers_are_places(tmp_path):
+    rows = Dataset.from_dict({"text": list("xyz"), "label": [0, 2, -1]})
+    assert with_class_ids(rows, ["1", "2", "3"], "x")["label"][:] == [0, 2, -1]
+    with pytest.raises(UserError, match="x has the class 2, the model only 0 to 1"):
+        with_class_ids(rows, ["a", "b"], "x")
+    with pytest.raises(UserError, match="1 of 3 rows have no number to be predicted"):
+        with_class_ids(Dataset.from_dict({"label": [0.5, None, 2.0]}), None, "x")
+
+
+def test_folders_of_the_hubs_form_have_several_files_per_split(tmp_path):
+    for number in range(2):
+        rows = Dataset.from_dict({"sentence": [f"text {number}"], "label": [number]})
+        rows.to_parquet(tmp_path / f"validation_matched-0000{number}-of-00002.parquet")
+    rows = load(Source(path=str(tmp_path), split="validation_matched"))
+    assert rows["text"][:] == ["text 0", "text 1"]
 
 
 def test_class_ids_of_texts_numbers_and_missing_labels():

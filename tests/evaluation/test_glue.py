@@ -7,7 +7,18 @@ from encoders import NAMES, make_classifier, texts
 from sklearn import metrics as official
 
 from llmdistill.errors import UserError
-from llmdistill.evaluation.glue import METRICS, TASKS, evaluate, metrics_of, predict, score, table, write_submission
+from llmdistill.evaluation import glue
+from llmdistill.evaluation.glue import (
+    METRICS,
+    TASKS,
+    evaluate,
+    in_order_of,
+    metrics_of,
+    predict,
+    score,
+    table,
+    write_submission,
+)
 
 
 @pytest.fixture
@@ -93,6 +104,28 @@ def test_submissions_have_the_form_of_glue(tmp_path):
     assert write_submission(tmp_path, "cola", np.array([[0.0, 1.0]])).read_text().endswith("0\t1\n")
     numbers = write_submission(tmp_path, "stsb", np.array([[-1.0], [2.34567], [9.0]])).read_text().splitlines()
     assert numbers[1:] == ["0\t0.000", "1\t2.346", "2\t5.000"]
+
+
+def test_a_models_order_of_classes_is_brought_to_glues(tokenizer, monkeypatch):
+    names = ("contradiction", "entailment", "neutral")  # as fine-tuning on labels as texts makes it
+    always = np.tile([0.0, 1.0, 0.0], (3, 1))
+    np.testing.assert_array_equal(in_order_of("mnli_matched", always, names), np.tile([1.0, 0.0, 0.0], (3, 1)))
+    np.testing.assert_array_equal(in_order_of("rte", always[:, 1:], ("LABEL_0", "LABEL_1")), always[:, 1:])
+    for task in ("rte", "stsb"):
+        with pytest.raises(UserError, match=f"`{task}`"):
+            in_order_of(task, always, names)
+
+    monkeypatch.setattr(glue, "predict", lambda *arguments: (np.tile([1.0, 0.0], (4, 1)), 1.0))
+    model = make_classifier(tokenizer, ("equivalent", "not_equivalent"))
+    rows = texts(4).remove_columns("label").add_column("label", [1, 1, 0, 1])  # GLUE's numbers
+    results, _ = evaluate(model, tokenizer, rows, task="mrpc")
+    assert results["f1"] == pytest.approx(official.f1_score([1, 1, 0, 1], [1, 1, 1, 1]))
+    assert results["accuracy"] == pytest.approx(0.75)
+
+
+def test_rows_without_labels_cannot_be_scored(tokenizer):
+    with pytest.raises(UserError, match="No row has a label"):
+        evaluate(make_classifier(tokenizer).eval(), tokenizer, texts(4).remove_columns("label"))
 
 
 def test_the_table_has_a_line_per_model():

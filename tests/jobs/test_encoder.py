@@ -128,6 +128,22 @@ def test_every_control_is_one_override(workspace, targets):
     assert config.num_labels == (3 if targets == "vanilla" else 12)
 
 
+def test_held_out_rows_can_be_followed_with_true_subclasses(workspace):
+    oracle = ("training.targets=oracle_subclasses", "training.subclass_column=kind")
+    run = do("train", workspace / "lelp.yaml", "training.eval_strategy=steps", "training.eval_steps=6", *oracle)
+    log = json.loads((run / "training.json").read_text())["log"]
+    assert len([entry for entry in log if "eval_distillation" in entry]) == 2
+
+
+def test_agreement_is_of_classes_whatever_their_names(workspace, tokenizer):
+    twin = make_classifier(tokenizer, ("LABEL_0", "LABEL_1", "LABEL_2"), layers=4, seed=1)
+    twin.save_pretrained(workspace / "teacher")
+    make_classifier(tokenizer, layers=4, seed=1).save_pretrained(workspace / "encoder")
+    still = ("training.targets=vanilla", "training.learning_rate=1e-12", "training.max_steps=1")
+    run = do("run", workspace / "lelp.yaml", f"student={{model: {workspace}/encoder}}", *still)
+    assert json.loads((run / "results.json").read_text())["models"]["student"]["agreement"] == 1.0
+
+
 def test_rows_without_labels_teach_too(workspace):
     rows = [{"sentence": row["sentence"]} for row in make_texts(48)]
     (workspace / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -141,7 +157,12 @@ def break_workspace(workspace: Path, case: str, tokenizer) -> list[str]:
         rows = rows[:11]
     elif case == "names":
         rows = [row | {"label": row["label"].replace("number", "figure")} for row in rows]
-    elif case == "half":
+    elif case in ("taught", "several"):
+        config = AutoConfig.from_pretrained(workspace / "teacher")
+        changes = {"num_subclasses": 3} if case == "taught" else {"problem_type": "multi_label_classification"}
+        config.update(changes)
+        config.save_pretrained(workspace / "teacher")
+    elif case in ("half", "oracle"):
         rows = [row | {"label": None if index % 2 else row["label"]} for index, row in enumerate(rows)]
     elif case == "fraction":
         rows = [row | {"label": 0.5} for row in rows]
@@ -155,6 +176,7 @@ def break_workspace(workspace: Path, case: str, tokenizer) -> list[str]:
     (workspace / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return {
         "half": ["training.label_weight=0.5"],
+        "oracle": ["training.targets=oracle_subclasses", "training.subclass_column=kind"],
         "task": ["evaluation.task=rte"],
         "headless": [f"teacher.model={workspace}/encoder", "student.layers=[0]"],
         "column": ["training.targets=oracle_subclasses", "training.subclass_column=knd"],
@@ -173,6 +195,9 @@ def break_workspace(workspace: Path, case: str, tokenizer) -> list[str]:
         ("pair", r"evaluation\.data: .* has one text in a row \(sentence\), expected a pair"),
         ("number teacher", r"teacher: the teacher predicts a number, LELP needs classes"),
         ("headless", r"teacher: the model has no classification head \(BertModel\)"),
+        ("taught", r"teacher: the teacher was taught subclasses itself"),
+        ("several", r"teacher: the teacher says yes or no to each class by itself"),
+        ("oracle", r"data: 24 of 48 rows have no label, so their true subclass is not known"),
         ("empty", r"evaluation\.data: .*test\.jsonl is empty"),
         ("task", r"evaluation\.data: `rte` has 2 texts in a row, the training rows 1"),
         ("column", r"data\.0: .* has no column `knd`"),
@@ -214,8 +239,12 @@ def test_the_script_scores_students_seeds_and_foreign_models(workspace):
     assert len(json.loads((workspace / "out.json").read_text())["ours"]) == 2
 
 
-def test_the_script_writes_submissions_and_refuses_what_cannot_be(workspace):
+def test_the_script_writes_submissions_and_refuses_what_cannot_be(workspace, tokenizer):
     flags = ["--model", f"{workspace}/teacher", "--data", f"{workspace}/test.jsonl"]
+    done = script(*flags, "--task", "cola", "--submission", f"{workspace}/out")
+    assert done.returncode == 1
+    assert "`cola` has 2 classes, the model 3" in done.stderr
+    make_classifier(tokenizer, ("LABEL_0", "LABEL_1")).save_pretrained(workspace / "teacher")
     done = script(*flags, "--task", "cola", "--submission", f"{workspace}/out")
     assert done.returncode == 0, done.stderr
     assert len((workspace / "out" / "CoLA.tsv").read_text().splitlines()) == 31

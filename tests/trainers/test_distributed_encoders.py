@@ -93,3 +93,21 @@ def test_two_ranks_equal_one(folder, mode, method):
     with torch.no_grad():
         first, second = (model.eval()(torch.arange(5, 25)[None]).logits for model in models)
     torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+
+
+def keep_precision(folder: Path, config: str) -> None:
+    """What a rank runs: targets stay float32 where DeepSpeed computes in bfloat16."""
+    settings = {"bf16": True, "deepspeed": config, "report_to": "none", "max_length": 32}
+    arguments = LelpConfig(output_dir=str(folder / "precise"), num_subclasses=3, **settings)
+    prepare_deepspeed_on_cpu(arguments)
+    with plain_loading(arguments):
+        teacher = classifiers.load(str(folder / "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    student = classifiers.load_as_trained(str(folder / "student"))
+    trainer = LelpTrainer(student, teacher, arguments, tokenizer, train_dataset=texts(45))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert batch["targets"].dtype == torch.float32
+
+
+def test_targets_keep_their_precision_under_deepspeed(folder):
+    run_ranks(keep_precision, folder, MODES["zero2"], ranks=1)

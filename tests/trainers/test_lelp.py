@@ -22,7 +22,7 @@ def make_student(tokenizer, each: int = 3, names=NAMES):
 def make_trainer(tokenizer, tmp_path):
     """A function that builds a trainer of a 2-layer student under a 4-layer teacher."""
 
-    def make(folder: str = "run", student=None, teacher=None, rows=None, each: int = 3, **settings):
+    def make(folder: str = "run", student=None, teacher=None, rows=None, held_out=None, each: int = 3, **settings):
         defaults = {
             "output_dir": str(tmp_path / folder),
             "answers_folder": str(tmp_path / "answers"),
@@ -43,6 +43,7 @@ def make_trainer(tokenizer, tmp_path):
             LelpConfig(**(defaults | settings)),
             tokenizer,
             train_dataset=texts() if rows is None else rows,
+            eval_dataset=held_out,
         )
 
     return make
@@ -171,6 +172,20 @@ def test_saved_directions_are_used_again_and_only_for_the_same_run(make_trainer,
         make_trainer(seed=5)
 
 
+def test_other_labels_are_fitted_anew(make_trainer):
+    first = make_trainer()
+    shifted = texts().map(lambda row: {"label": NAMES[(NAMES.index(row["label"]) + 1) % 3]})
+    second = make_trainer(rows=shifted)
+    fresh = make_trainer("fresh", rows=shifted)
+    assert not torch.allclose(targets(first), targets(second))
+    torch.testing.assert_close(targets(second), targets(fresh), rtol=0, atol=0)
+
+
+def test_the_students_outputs_must_be_those_of_the_settings(make_trainer, tokenizer):
+    with pytest.raises(ValueError, match="`targets: lelp` needs 3 outputs of the student for each class, it has 4"):
+        make_trainer(student=make_student(tokenizer, 4))
+
+
 def test_rows_without_labels_are_grouped_by_the_teachers_choice(make_trainer, tokenizer):
     trainer = make_trainer(rows=texts(240).remove_columns("label"), targets="uniform_split")
     _, logits, _, _ = teacher_answers(tokenizer, texts(240))
@@ -215,6 +230,7 @@ def test_evaluation_is_the_mean_over_all_rows(make_trainer):
     [
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"label_weight": 1.0}, r"must lie in \[0, 1\)"),
+        ({"teacher_batch_size": 0}, "`teacher_batch_size` must be at least 1"),
         ({"num_subclasses": 0}, "`num_subclasses` must be at least 1"),
         ({"targets": "oracle_subclasses"}, "`subclass_column` goes with"),
         ({"subclass_column": "kind"}, "`subclass_column` goes with"),
@@ -227,14 +243,14 @@ def test_impossible_settings_are_refused_at_once(tmp_path, settings, complaint):
 
 
 def test_a_class_with_too_few_rows_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="3 subclasses need at least 4 rows in every class; class 2 has 3"):
+    with pytest.raises(ValueError, match=r"3 subclasses need at least 4 rows in every class; class 2 has 3.*2 other"):
         make_trainer(rows=texts(11))
 
 
 def test_a_true_subclass_that_training_never_saw_is_refused(make_trainer):
-    trainer = make_trainer(targets="oracle_subclasses", each=4, subclass_column="kind", rows=texts(12))
+    settings = {"targets": "oracle_subclasses", "each": 4, "subclass_column": "kind"}
     with pytest.raises(ValueError, match="which no training row of its class has"):
-        trainer._prepared(texts(96, seed=4))
+        make_trainer(rows=texts(12), held_out=texts(96, seed=4), **settings)
 
 
 def test_numbers_of_subclasses():
