@@ -8,7 +8,7 @@ from types import ModuleType
 from llmdistill import recipe
 from llmdistill.errors import nearest
 
-JOBS = {"taid": "language", "lelp": "encoder", "finetune": "encoder"}
+JOBS = {"taid": "language", "lelp": "encoder", "mi_alpha": "encoder", "finetune": "encoder"}
 """Method of a recipe -> module of this package, which holds `RECIPES`, `run`, `train` and `evaluate`."""
 
 

@@ -12,15 +12,24 @@ from llmdistill import classifiers, models
 from llmdistill.data import glue as data
 from llmdistill.distributed import plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.evaluation import glue as evaluation
-from llmdistill.jobs.encoder_recipe import FinetuneRecipe, LelpRecipe, Plan, check, load_tokenizers
+from llmdistill.jobs.encoder_recipe import (
+    FinetuneRecipe,
+    LelpRecipe,
+    MiAlphaRecipe,
+    Plan,
+    Recipe,
+    check,
+    load_tokenizers,
+)
 from llmdistill.jobs.stages import check_evaluable, is_trained, run_all, train_and_save
 from llmdistill.runs import RESULTS, Run
+from llmdistill.students.heads import student_weights
 from llmdistill.students.init import choose_layers, cut_layers, layer_scores
 from llmdistill.trainers.finetune import FinetuneTrainer
 from llmdistill.trainers.lelp import LelpTrainer
+from llmdistill.trainers.mi_alpha import MiAlphaTrainer
 
-RECIPES = {"lelp": LelpRecipe, "finetune": FinetuneRecipe}
-Recipe = LelpRecipe | FinetuneRecipe
+RECIPES = {"lelp": LelpRecipe, "mi_alpha": MiAlphaRecipe, "finetune": FinetuneRecipe}
 
 
 def run(recipe: Recipe, tree: dict[str, Any]) -> None:
@@ -44,7 +53,7 @@ def train(recipe: Recipe, tree: dict[str, Any]) -> None:
             run,
             arguments,
             make_trainer=lambda: _trainer(recipe, run, plan, student, teacher),
-            save=lambda trained, folder: _save(recipe, trained, student, folder),
+            save=lambda trained, folder: _save(recipe, run, trained, student, folder),
         )
 
 
@@ -120,16 +129,25 @@ def _trainer(
         return FinetuneTrainer(student, arguments, tokenizer, **datasets)
     with plain_loading(arguments):
         teacher = _load_teacher(recipe)
-    return LelpTrainer(student, teacher, arguments, tokenizer, teacher_tokenizer, **datasets)
+    if tokenizer.backend_tokenizer.to_str() == teacher_tokenizer.backend_tokenizer.to_str():
+        teacher_tokenizer = None  # one encoding is enough for both
+    kind = LelpTrainer if recipe.method == "lelp" else MiAlphaTrainer
+    return kind(student, teacher, arguments, tokenizer, teacher_tokenizer, **datasets)
 
 
-def _load_teacher(recipe: LelpRecipe) -> PreTrainedModel:
+def _load_teacher(recipe: LelpRecipe | MiAlphaRecipe) -> PreTrainedModel:
     section = recipe.teacher
     dtype = models.default_dtype() if section.dtype is None else getattr(torch, section.dtype)
     return classifiers.load(section.model, dtype, trust_remote_code=section.trust_remote_code)
 
 
-def _save(recipe: Recipe, trained: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(recipe: Recipe, run: Run, trained: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The finished student in the layout of transformers, without what it had in training only."""
     options = {"trust_remote_code": recipe.student.trust_remote_code}
-    classifiers.load_as_trained(str(trained), torch.float32, **options).save_pretrained(folder)
+    if recipe.method == "mi_alpha":
+        student = classifiers.load_as_trained(str(run.student), torch.float32, **options)
+        student.load_state_dict(student_weights(trained))
+    else:
+        student = classifiers.load_as_trained(str(trained), torch.float32, **options)
+    student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

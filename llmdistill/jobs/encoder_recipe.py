@@ -11,9 +11,11 @@ from llmdistill.errors import UserError
 from llmdistill.evaluation.glue import TASKS
 from llmdistill.jobs.checks import Faults, check_context, check_launch, check_training_section
 from llmdistill.jobs.sections import Teacher, check_origin
+from llmdistill.students.heads import layer_pairs
 from llmdistill.students.init import check_layers
 from llmdistill.trainers.finetune import FinetuneConfig
 from llmdistill.trainers.lelp import LelpConfig, subclass_numbers
+from llmdistill.trainers.mi_alpha import MiAlphaConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +73,22 @@ class LelpRecipe:
 
 
 @dataclass(kw_only=True)
+class MiAlphaRecipe:
+    """A teacher teaches a student with its logits and its layers."""
+
+    method: Literal["mi_alpha"]
+    teacher: Teacher
+    student: Student
+    data: list[Source]
+    """Training rows: one source, or several that are put one after another."""
+    training: MiAlphaConfig
+    evaluation: Evaluation | None = None
+
+    def __post_init__(self):
+        check_training_section(self.training, self.evaluation is not None)
+
+
+@dataclass(kw_only=True)
 class FinetuneRecipe:
     """An encoder learns a task from labels alone."""
 
@@ -88,6 +106,9 @@ class FinetuneRecipe:
             raise ValueError("`student.model` is missing: fine-tuning has no teacher to cut a student from.")
 
 
+Recipe = LelpRecipe | MiAlphaRecipe | FinetuneRecipe
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was found out before any weights were loaded."""
@@ -102,7 +123,7 @@ class Plan:
     """Of the student for each class."""
 
 
-def check(recipe: LelpRecipe | FinetuneRecipe) -> Plan:
+def check(recipe: Recipe) -> Plan:
     """Prove, before any weights are loaded, that the run can work.
 
     Raises:
@@ -121,6 +142,8 @@ def check(recipe: LelpRecipe | FinetuneRecipe) -> Plan:
     if recipe.student.from_teacher and configs.get("teacher") is not None:
         num_layers = configs["teacher"].get_text_config().num_hidden_layers
         faults.attempt("student.layers", check_layers, recipe.student.layers, num_layers)
+    if recipe.method == "mi_alpha" and None not in configs.values():
+        faults.attempt("student", _check_depth, recipe, configs)
     faults.report()
     rows = faults.attempt("data", together, parts)
     faults.report()
@@ -136,7 +159,14 @@ def check(recipe: LelpRecipe | FinetuneRecipe) -> Plan:
     return Plan(rows, held_out, names, outputs)
 
 
-def _held_out(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset") -> "Dataset | None":
+def _check_depth(recipe: MiAlphaRecipe, configs: dict[str, "PreTrainedConfig"]) -> None:
+    """Refuse a student of more layers than the teacher has."""
+    if recipe.student.model is not None and recipe.training.objective != "none":
+        layers = (configs[key].get_text_config().num_hidden_layers for key in ("student", "teacher"))
+        layer_pairs(*layers, recipe.training.layer_map)
+
+
+def _held_out(recipe: Recipe, rows: "Dataset") -> "Dataset | None":
     if recipe.evaluation is None:
         return None
     texts = 2 if "pair" in rows.column_names else 1
@@ -151,9 +181,7 @@ def _held_out(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset") -> "Dataset 
     return held_out
 
 
-def _class_names(
-    recipe: LelpRecipe | FinetuneRecipe, configs: dict[str, "PreTrainedConfig"], rows: "Dataset"
-) -> list[str] | None:
+def _class_names(recipe: Recipe, configs: dict[str, "PreTrainedConfig"], rows: "Dataset") -> list[str] | None:
     """The student's classes: its own head's, the teacher's, or those of the rows."""
     own = _own_names(configs.get("student"))
     if recipe.teacher is None:
@@ -163,10 +191,8 @@ def _class_names(
         names = None if labels.names is None else list(labels.names)
     else:
         names = classifiers.class_names(configs["teacher"])
-        if names is None:
-            raise UserError("the teacher predicts a number, LELP needs classes.")
         if configs["teacher"].problem_type == "multi_label_classification":
-            raise UserError("the teacher says yes or no to each class by itself; LELP needs one class of several.")
+            raise UserError("the teacher says yes or no to each class by itself; it must choose one of several.")
         if classifiers.num_subclasses(configs["teacher"]) > 1:
             raise UserError("the teacher was taught subclasses itself: its classes are no linear layer's outputs.")
         if not _is_classifier(configs["teacher"]):
@@ -174,10 +200,20 @@ def _class_names(
                 f"the model has no classification head ({', '.join(configs['teacher'].architectures or ['?'])}). "
                 "Fine-tune it first: `method: finetune`."
             )
+        _check_regression(recipe, names)
     if own is None or names is None or len(own) != len(names):
         return names
     data.class_order(names, own, "The teacher" if recipe.teacher else "The data set")
     return own
+
+
+def _check_regression(recipe: LelpRecipe | MiAlphaRecipe, names: list[str] | None) -> None:
+    if names is not None:
+        return
+    if recipe.method == "lelp":
+        raise UserError("the teacher predicts a number, LELP needs classes.")
+    if recipe.training.logit_weight > 0 and recipe.training.logit_loss == "cross_entropy":
+        raise UserError("cross-entropy of one logit is 0 whatever the student says: set `training.logit_loss: mse`.")
 
 
 def _is_classifier(config: "PreTrainedConfig") -> bool:
@@ -192,7 +228,7 @@ def _own_names(config: "PreTrainedConfig | None") -> list[str] | None:
     return None if names is None or data.are_numbers(names) else names
 
 
-def _check_labels(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: list[str] | None) -> None:
+def _check_labels(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> None:
     """Refuse labels that the models do not know, missing ones that are needed, and classes too small for LELP."""
     rows = data.with_class_ids(rows, names, "The data set")
     labels = rows[data.LABEL][:] if data.LABEL in rows.column_names else [-1] * len(rows)
@@ -200,7 +236,7 @@ def _check_labels(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: l
     needed = recipe.teacher is None or recipe.training.label_weight > 0
     if missing and needed:
         raise UserError(f"{missing} of {len(rows)} rows have no label. Label them, or distil with `label_weight: 0`.")
-    targets = None if recipe.teacher is None else recipe.training.targets
+    targets = getattr(recipe.training, "targets", None)
     if missing and targets == "oracle_subclasses":
         raise UserError(f"{missing} of {len(rows)} rows have no label, so their true subclass is not known either.")
     if targets != "lelp" or missing:
@@ -213,9 +249,9 @@ def _check_labels(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: l
         )
 
 
-def _outputs(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: list[str] | None) -> int:
+def _outputs(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> int:
     """Outputs of the student for each class."""
-    if recipe.teacher is None or recipe.training.targets == "vanilla":
+    if recipe.method != "lelp" or recipe.training.targets == "vanilla":
         return 1
     if recipe.training.targets != "oracle_subclasses":
         return recipe.training.num_subclasses
@@ -224,7 +260,7 @@ def _outputs(recipe: LelpRecipe | FinetuneRecipe, rows: "Dataset", names: list[s
     return max(numbers.values()) + 1
 
 
-def load_tokenizers(recipe: LelpRecipe | FinetuneRecipe) -> tuple[Any, Any]:
+def load_tokenizers(recipe: Recipe) -> tuple[Any, Any]:
     """The student's tokenizer and the teacher's."""
     student, teacher = recipe.student, recipe.teacher
     of_teacher = None

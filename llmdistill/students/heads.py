@@ -4,15 +4,19 @@ Data-parallel wrappers and ZeRO see the parameters that a forward uses, so every
 forward of `StudentWithHeads`. What is saved in the end is the student alone.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 BOUNDS = ("mi_alpha", "info_nce", "nwj")
 """Objectives that compare the rows of a batch with one another, through critics."""
 CRITIC_WIDTH = 64
+STUDENT = "student."
+"""Prefix of the student's own parameters."""
 
 
 class Compared(NamedTuple):
@@ -89,7 +93,13 @@ class StudentWithHeads(nn.Module):
 
     def head_parameters(self) -> set[str]:
         """Names of the parameters that are not the student's."""
-        return {name for name, _ in self.named_parameters() if not name.startswith("student.")}
+        return {name for name, _ in self.named_parameters() if not name.startswith(STUDENT)}
+
+
+def student_weights(folder: Path) -> dict[str, Tensor]:
+    """The student's own weights from a folder to which a `StudentWithHeads` was saved."""
+    weights = load_file(folder / "model.safetensors")
+    return {name.removeprefix(STUDENT): values for name, values in weights.items() if name.startswith(STUDENT)}
 
 
 def pooled(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

@@ -91,7 +91,7 @@ class MiAlphaConfig(TrainingArguments):
 class MiAlphaTrainer(DistillationMixin, Trainer):
     """Distils an encoder into a smaller one through its logits and its layers.
 
-    `trainer.model` is the student with its critics; `save_student` saves the student alone.
+    `trainer.model` is a `StudentWithHeads`; what is wanted in the end is `trainer.model.student`.
 
     Args:
         model: the student, as `llmdistill.classifiers.new` makes it.

@@ -46,6 +46,8 @@ evaluation:
     (tmp_path / "finetune.yaml").write_text(f"method: finetune\nstudent: {{model: {tmp_path}/encoder}}\n{common}")
     lelp = f"method: lelp\nteacher: {{model: {tmp_path}/teacher}}\nstudent: {{from_teacher: true, layers: [0, 3]}}\n"
     (tmp_path / "lelp.yaml").write_text(f"{lelp}{common}")
+    mi_alpha = f"method: mi_alpha\nteacher: {{model: {tmp_path}/teacher}}\nstudent: {{model: {tmp_path}/encoder}}\n"
+    (tmp_path / "mi_alpha.yaml").write_text(f"{mi_alpha}{common}")
     return tmp_path
 
 
@@ -74,6 +76,37 @@ def test_a_teacher_is_fine_tuned_and_teaches(workspace, capsys):
     assert plain.config.num_labels == 12
     assert plain.config.num_hidden_layers == 1
     assert "agreement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["mi_alpha", "mse", "none"])
+def test_layers_teach_and_only_the_student_is_saved(workspace, objective):
+    more = [f"training.objective={objective}", "training.max_steps=60", "training.learning_rate=3e-3"]
+    run = do("run", workspace / "mi_alpha.yaml", *more)
+    results = json.loads((run / "results.json").read_text())["models"]
+    assert results["student"]["accuracy"] > 0.8
+    plain = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert plain.config.num_labels == 3
+    assert set(load_file(run / "model" / "model.safetensors")) == set(plain.state_dict())
+    trained = load_file(run / "checkpoint-60" / "model.safetensors")
+    for name, values in plain.state_dict().items():
+        torch.testing.assert_close(values, trained[f"student.{name}"], rtol=0, atol=0)
+
+
+def test_a_teacher_of_numbers_teaches_numbers(workspace, tokenizer):
+    break_workspace(workspace, "number teacher", tokenizer)
+    lines = [json.dumps({"sentence": "the fox " * n, "label": n / 2}) for n in range(1, 20)]
+    for name in ("train", "test"):
+        (workspace / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"set `training\.logit_loss: mse`"):
+        do("run", workspace / "mi_alpha.yaml")
+    run = do("run", workspace / "mi_alpha.yaml", "training.logit_loss=mse", "training.max_steps=2")
+    assert "pearson" in json.loads((run / "results.json").read_text())["models"]["teacher"]
+
+
+def test_a_student_deeper_than_its_teacher_is_refused(workspace, tokenizer):
+    make_classifier(tokenizer, layers=1, seed=1).save_pretrained(workspace / "teacher")
+    with pytest.raises(UserError, match="student: The student has 2 layers, the teacher only 1"):
+        do("train", workspace / "mi_alpha.yaml")
 
 
 def test_a_second_run_trains_nothing(workspace, monkeypatch, capsys):

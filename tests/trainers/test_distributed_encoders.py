@@ -19,6 +19,7 @@ from llmdistill.distributed import plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.trainers import lelp
 from llmdistill.trainers.finetune import FinetuneConfig, FinetuneTrainer
 from llmdistill.trainers.lelp import LelpConfig, LelpTrainer
+from llmdistill.trainers.mi_alpha import MiAlphaConfig, MiAlphaTrainer
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "deepspeed"
 MODES = {"ddp": None, "zero2": str(RECIPES / "zero2.json"), "zero3": str(RECIPES / "zero3.json")}
@@ -55,7 +56,16 @@ def train(folder: Path, name: str, method: str, rows: int, deepspeed_config: str
     }
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = {"train_dataset": texts(45), "eval_dataset": texts(13, seed=1)}
-    if method == "finetune":
+    if method in ("mi_alpha", "mse"):
+        settings |= {"objective": method, "negatives": "gathered", "critic_learning_rate": 0.05}
+        arguments = MiAlphaConfig(**settings)
+        prepare_deepspeed_on_cpu(arguments)
+        with plain_loading(arguments):
+            teacher = classifiers.load(str(folder / "teacher"))
+        student = classifiers.load_as_trained(str(folder / "plain"))
+        torch.manual_seed(0)  # of the critics
+        trainer = MiAlphaTrainer(student, teacher, arguments, tokenizer, **data)
+    elif method == "finetune":
         arguments = FinetuneConfig(**settings)
         prepare_deepspeed_on_cpu(arguments)
         trainer = FinetuneTrainer(classifiers.load_as_trained(str(folder / "plain")), arguments, tokenizer, **data)
@@ -77,22 +87,31 @@ def log(folder: Path, name: str, key: str) -> list[float]:
     return [entry[key] for entry in json.loads((folder / name / "log.json").read_text()) if key in entry]
 
 
-@pytest.mark.parametrize("method", ["lelp", "finetune"])
+def weights(folder: Path, method: str) -> dict[str, torch.Tensor]:
+    if method in ("lelp", "finetune"):
+        return classifiers.load_as_trained(str(folder), torch.float32).state_dict()
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["lelp", "finetune", "mi_alpha", "mse"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_equal_one(folder, mode, method):
     run_ranks(train, folder, "one", method, 8, None, ranks=1)
     run_ranks(train, folder, "two", method, 4, MODES[mode])
     assert log(folder, "two", "loss") == pytest.approx(log(folder, "one", "loss"), rel=1e-4)
     (one,), (two,) = log(folder, "one", "evaluation"), log(folder, "two", "evaluation")
-    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    name = "eval_loss" if method in ("lelp", "finetune") else "eval_label_loss"
+    assert two[name] == pytest.approx(one[name], rel=1e-4)
+    if method == "mi_alpha":
+        assert log(folder, "two", "mi_limit") == log(folder, "one", "mi_limit")
     if method == "lelp":
         fits = (load_file(folder / name / lelp.DIRECTIONS) for name in ("one", "two"))
         for first, second in zip(*(fit.values() for fit in fits), strict=True):
             torch.testing.assert_close(second, first, rtol=0, atol=1e-6)
-    models = (classifiers.load_as_trained(str(folder / name / "model"), torch.float32) for name in ("one", "two"))
-    with torch.no_grad():
-        first, second = (model.eval()(torch.arange(5, 25)[None]).logits for model in models)
-    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+    one, two = (weights(folder / name / "model", method) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        torch.testing.assert_close(two[name], values, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def keep_precision(folder: Path, config: str) -> None:
