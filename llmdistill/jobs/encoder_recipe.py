@@ -14,7 +14,8 @@ from llmdistill.jobs.sections import Teacher, check_origin
 from llmdistill.students.heads import layer_pairs
 from llmdistill.students.init import check_layers
 from llmdistill.trainers.finetune import FinetuneConfig
-from llmdistill.trainers.lelp import LelpConfig, subclass_numbers
+from llmdistill.trainers.lelp import LelpConfig
+from llmdistill.trainers.lelp_targets import subclass_numbers
 from llmdistill.trainers.mi_alpha import MiAlphaConfig
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llmdistill import classifiers, store
 from llmdistill.distributed import plain_loading, prepare_deepspeed_on_cpu
-from llmdistill.trainers import lelp
+from llmdistill.trainers import lelp_targets
 from llmdistill.trainers.finetune import FinetuneConfig, FinetuneTrainer
 from llmdistill.trainers.lelp import LelpConfig, LelpTrainer
 from llmdistill.trainers.mi_alpha import MiAlphaConfig, MiAlphaTrainer
@@ -105,7 +105,7 @@ def test_two_ranks_equal_one(folder, mode, method):
     if method == "mi_alpha":
         assert log(folder, "two", "mi_limit") == log(folder, "one", "mi_limit")
     if method == "lelp":
-        fits = (load_file(folder / name / lelp.DIRECTIONS) for name in ("one", "two"))
+        fits = (load_file(folder / name / lelp_targets.DIRECTIONS) for name in ("one", "two"))
         for first, second in zip(*(fit.values() for fit in fits), strict=True):
             torch.testing.assert_close(second, first, rtol=0, atol=1e-6)
     one, two = (weights(folder / name / "model", method) for name in ("one", "two"))

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from llmdistill import classifiers
 from llmdistill.objectives.lelp import class_logits, fit_directions, subclass_logits, subclass_targets
 from llmdistill.teachers.encoder import EncoderTeacher
-from llmdistill.trainers import lelp
-from llmdistill.trainers.lelp import LelpConfig, LelpTrainer, subclass_numbers
+from llmdistill.trainers import lelp_targets
+from llmdistill.trainers.lelp import LelpConfig, LelpTrainer
+from llmdistill.trainers.lelp_targets import subclass_numbers
 
 
 def make_student(tokenizer, each: int = 3, names=NAMES):
@@ -164,9 +165,9 @@ def test_the_teacher_is_asked_once_for_all_runs(make_trainer, monkeypatch):
 
 def test_saved_directions_are_used_again_and_only_for_the_same_run(make_trainer, tmp_path, monkeypatch):
     first = make_trainer()
-    saved = load_file(tmp_path / "run" / lelp.DIRECTIONS)
+    saved = load_file(tmp_path / "run" / lelp_targets.DIRECTIONS)
     assert saved["directions"].shape == (3, 48, 3)
-    monkeypatch.setattr(lelp, "directions_from", lambda *arguments: pytest.fail("fitted again"))
+    monkeypatch.setattr(lelp_targets, "directions_from", lambda *arguments: pytest.fail("fitted again"))
     torch.testing.assert_close(targets(make_trainer()), targets(first), rtol=0, atol=0)
     with pytest.raises(BaseException, match="fitted again"):
         make_trainer(seed=5)
