@@ -66,3 +66,11 @@ def shared_vocabulary(
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
     return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+def same_encoding(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+    """Whether two fast tokenizers make the same model inputs of every text and pair."""
+    first, second = (
+        (one.backend_tokenizer.to_str(), one.model_input_names, one.padding_side) for one in (tokenizer, other)
+    )
+    return first == second

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from llmdistill import classifiers, models
 from llmdistill.data import glue as data
+from llmdistill.data.vocabulary import same_encoding
 from llmdistill.distributed import plain_loading, prepare_deepspeed_on_cpu
 from llmdistill.evaluation import glue as evaluation
 from llmdistill.jobs.encoder_recipe import (
@@ -129,8 +130,8 @@ def _trainer(
         return FinetuneTrainer(student, arguments, tokenizer, **datasets)
     with plain_loading(arguments):
         teacher = _load_teacher(recipe)
-    if tokenizer.backend_tokenizer.to_str() == teacher_tokenizer.backend_tokenizer.to_str():
-        teacher_tokenizer = None  # one encoding is enough for both
+    if same_encoding(tokenizer, teacher_tokenizer):
+        teacher_tokenizer = None  # one is enough for both
     kind = LelpTrainer if recipe.method == "lelp" else MiAlphaTrainer
     return kind(student, teacher, arguments, tokenizer, teacher_tokenizer, **datasets)
 

@@ -252,7 +252,13 @@ def _check_labels(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> N
 
 def _outputs(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> int:
     """Outputs of the student for each class."""
-    if recipe.method != "lelp" or recipe.training.targets == "vanilla":
+    training = recipe.training
+    if recipe.method == "mi_alpha" and len(rows) < training.train_batch_size * training.world_size:
+        raise UserError(
+            f"{len(rows)} rows do not fill one batch of {training.train_batch_size} on each of {training.world_size} "
+            "processes."
+        )
+    if recipe.method != "lelp" or training.targets == "vanilla":
         return 1
     if recipe.training.targets != "oracle_subclasses":
         return recipe.training.num_subclasses

@@ -64,9 +64,14 @@ class StudentWithHeads(nn.Module):
             if has_baseline:
                 heads["baseline"] = _each(pairs, lambda: critic(teacher_width, 1))
         elif width != teacher_width or objective == "vid":
-            heads["student"] = _each(pairs, lambda: nn.Linear(width, teacher_width))
+            heads["student"] = _each(pairs, lambda: Float32Linear(width, teacher_width))
         self.heads = nn.ModuleDict(heads)
         self.log_variance = nn.Parameter(torch.zeros(len(pairs), teacher_width)) if objective == "vid" else None
+        first = next(student.parameters())
+        if hasattr(first, "ds_id"):  # ZeRO-3 shards parameters of one dtype; its optimizer keeps float32 copies
+            self.heads.to(first.dtype)
+            if self.log_variance is not None:
+                self.log_variance.data = self.log_variance.data.to(first.dtype)
 
     def forward(self, teacher_features: Tensor, **inputs: Tensor) -> Compared:
         """Compare a batch with the teacher's pooled features.
@@ -82,7 +87,8 @@ class StudentWithHeads(nn.Module):
         features = torch.stack([pooled(state, inputs["attention_mask"], self.pooling) for state in states])
         with torch.autocast(features.device.type, enabled=False):  # critics are float32 throughout
             student, teacher = features.float(), teacher_features.float()
-            extra = self.log_variance
+            # A copy: data-parallel wrappers take a parameter that a forward returns for one that was used twice.
+            extra = None if self.log_variance is None else self.log_variance.float().clone()
             if "baseline" in self.heads:
                 extra = _apply(self.heads["baseline"], teacher)[..., 0]
             if "student" in self.heads:
@@ -91,9 +97,21 @@ class StudentWithHeads(nn.Module):
                 teacher = _apply(self.heads["teacher"], teacher)
         return Compared(output.logits, student, teacher, extra)
 
+    def activation_checkpointing_enable(self, *arguments, **options) -> None:
+        """The student's own; the heads hold little."""
+        self.student.activation_checkpointing_enable(*arguments, **options)
+
     def head_parameters(self) -> set[str]:
         """Names of the parameters that are not the student's."""
         return {name for name, _ in self.named_parameters() if not name.startswith(STUDENT)}
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are kept in: DeepSpeed makes them bfloat16."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[..., outputs]` in float32."""
+        return nn.functional.linear(features.float(), self.weight.float(), self.bias.float())
 
 
 def student_weights(folder: Path) -> dict[str, Tensor]:
@@ -124,8 +142,8 @@ def critic(width: int, outputs: int) -> nn.Sequential:
 
     Source: He et al. 2021, Distiller (arXiv:2109.11105): three linear layers with ReLU between them.
     """
-    hidden = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+    hidden = [Float32Linear(width, width), nn.ReLU(), Float32Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*hidden, Float32Linear(width, outputs))
 
 
 def layer_pairs(num_student: int, num_teacher: int, layer_map: str) -> list[tuple[int, int]]:

@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill import classifiers
 from llmdistill.data import glue as data
@@ -75,10 +83,14 @@ class MiAlphaConfig(TrainingArguments):
         self.label_names = ["labels"]  # the library would look for them in the forward of the wrapped student
         if not 0 <= self.alpha <= 1:
             faults.append(f"`alpha` must lie in [0, 1], got {self.alpha}")
+        if self.critic_learning_rate is not None and self.critic_learning_rate < 0:
+            faults.append(f"`critic_learning_rate` must not be negative, got {self.critic_learning_rate}")
         if self.temperature <= 0:
             faults.append(f"`temperature` must be positive, got {self.temperature}")
         weights = {name: getattr(self, name) for name in ("label_weight", "logit_weight", "intermediate_weight")}
         faults += [f"`{name}` must not be negative, got {value}" for name, value in weights.items() if value < 0]
+        if self.objective == "none":
+            del weights["intermediate_weight"]
         if not any(weights.values()):
             faults.append("all weights are 0")
         everyone = self.world_size if self.negatives == "gathered" else 1
@@ -128,6 +140,7 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
             self._columns = torch.tensor(data.class_order(theirs, names, "The teacher"), device=args.device).argsort()
         student_layers, teacher_layers = (one.config.get_text_config().num_hidden_layers for one in (model, teacher))
         pairs = layer_pairs(student_layers, teacher_layers, args.layer_map) if args.objective != "none" else []
+        set_seed(args.seed)  # of the heads
         wrapped = StudentWithHeads(
             model,
             pairs,
@@ -151,7 +164,12 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
             **kwargs,
         )
         self.teacher = place_frozen(freeze(teacher), self)
-        self._pairs, self._is_saturated = pairs, False
+        self._pairs, self._limit, self._is_saturated = pairs, math.inf, False
+        if self.train_dataset is not None and len(self.train_dataset) < args.train_batch_size * args.world_size:
+            raise ValueError(
+                f"{len(self.train_dataset)} training rows do not fill one batch of {args.train_batch_size} on each of "
+                f"{args.world_size} processes."
+            )
 
     def compute_loss(
         self,
@@ -183,7 +201,7 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
         if self._pairs and args.intermediate_weight > 0 and args.objective in BOUNDS and not is_alone:
             means["intermediate"] = (args.intermediate_weight, self._minus_bounds(compared))
         self.record({name: mean for name, (_, mean) in means.items()})
-        loss = sum(weight * mean for weight, mean in means.values())
+        loss = sum((weight * mean for weight, mean in means.values()), compared.logits.new_zeros(()))
         return (loss, {"logits": compared.logits}) if return_outputs else loss
 
     @torch.no_grad()
@@ -217,8 +235,7 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
         with torch.autocast(student.device.type, enabled=False):
             for pair, scores in enumerate(teacher @ student.transpose(1, 2)):  # [B, B], rows are the teacher's
                 bounds.append(self._bound(scores, None if baselines is None else baselines[pair]))
-        limit = math.log(max(student.shape[1] - 1, 1))
-        self._report(bounds, limit)
+        self._report(bounds, num_negatives=student.shape[1] - 1)
         total = -sum(bound.value for bound in bounds)
         if gathers:
             # Each rank's gradient reaches its own rows only, and ranks are averaged: the sum is what is wanted.
@@ -232,18 +249,41 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
         value = info_nce(scores) if self.args.objective == "info_nce" else nwj(scores)
         return Bound(value, value - 1, torch.zeros_like(value))
 
-    def _report(self, bounds: list[Bound], limit: float) -> None:
+    def _report(self, bounds: list[Bound], num_negatives: int) -> None:
         values = torch.stack([torch.stack(bound) for bound in bounds]).mean(0).detach()
         names = ("mi", "mi_joint", "mi_marginal")[: 3 if self.args.objective == "mi_alpha" else 1]
         self.record({name: self.mean_of_batches(value) for name, value in zip(names, values, strict=False)})
-        self.record({"mi_limit": self.mean_of_batches(values.new_tensor(limit))})
-        if self.model.training and limit > 0 and values[0] >= SATURATED * limit and not self._is_saturated:
+        self.record({"mi_log_negatives": self.mean_of_batches(values.new_tensor(math.log(num_negatives)))})
+        self._limit = self._largest_bound(num_negatives)
+
+    def _largest_bound(self, num_negatives: int) -> float:
+        """What the objective cannot exceed on a batch, in nats."""
+        args = self.args
+        if args.objective == "info_nce":
+            return math.log(num_negatives + 1)
+        if args.objective == "nwj" or args.alpha == 0:
+            return math.inf
+        return math.log(num_negatives) if args.alpha == 1 else 1 + math.log(num_negatives / args.alpha)
+
+    def on_step(self, terms: dict[str, float]) -> None:
+        """Warn once where the bound has come near the largest value that it can have."""
+        if 0 < SATURATED * self._limit <= terms.get("mi", -math.inf) and not self._is_saturated:
             self._is_saturated = True
             warnings.warn(
-                f"The bound on mutual information has come to {values[0]:.2f} nats, of at most log(B - 1) = "
-                f"{limit:.2f}: it teaches little more. Use a larger batch, or `negatives: gathered`.",
+                f"The bound on mutual information has come to {terms['mi']:.2f} nats, of at most {self._limit:.2f} "
+                "with so many negatives: it teaches little more. Use a larger batch, or `negatives: gathered`.",
                 stacklevel=2,
             )
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The library's loop, with the loss made of the exact means of its terms."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        weights = {"label_loss": self.args.label_weight, "logit_loss": self.args.logit_weight}
+        weights["intermediate"] = self.args.intermediate_weight
+        terms = {name: output.metrics.get(f"{metric_key_prefix}_{name}") for name in weights}
+        loss = sum(weights[name] * value for name, value in terms.items() if value is not None)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
 
     def _gathered(self, values: Tensor) -> Tensor:
         """`[P, B, ...]` of all ranks `[P, ranks * B, ...]`, with gradient to this rank's part."""
@@ -255,18 +295,20 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The library's, without a ragged last batch: a bound on a smaller batch is another bound."""
-        self.args.dataloader_drop_last = True
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last = False
+            self.args.dataloader_drop_last = before
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's optimizer, with a learning rate of their own for the critics."""
         if self.optimizer is None:
             args, model = self.args, self.model if model is None else model
             decayed, heads = self.get_decay_parameter_names(model), self.model.head_parameters()
-            rates = {True: args.critic_learning_rate or args.learning_rate, False: args.learning_rate}
+            rates = {False: args.learning_rate, True: args.critic_learning_rate}
+            if args.critic_learning_rate is None:
+                rates[True] = args.learning_rate
             kind, options = self.get_optimizer_cls_and_kwargs(args, model)
             groups = [
                 {

@@ -3,7 +3,7 @@
 import pytest
 from conftest import make_tokenizer
 
-from llmdistill.data.vocabulary import shared_vocabulary
+from llmdistill.data.vocabulary import same_encoding, shared_vocabulary
 
 
 def test_padded_sizes_are_cropped_to_the_smaller(tokenizer):
@@ -42,3 +42,11 @@ def test_equal_tokens_that_split_differently_are_refused(tokenizer):
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ValueError, match="split text differently"):
         shared_vocabulary(tokenizer, other, len(tokenizer), len(other))
+
+
+def test_one_vocabulary_may_still_make_other_inputs():
+    first, second = make_tokenizer(), make_tokenizer()
+    assert same_encoding(first, second)
+    second.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert not same_encoding(first, second)
+    assert not same_encoding(first, make_tokenizer("other words"))
