@@ -6,11 +6,9 @@ exponentials over each class's outputs, `logits.unflatten(-1, (C, K)).logsumexp(
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdistill.errors import UserError
-from llmdistill.models import load_config, locate
+from llmdistill.models import from_safetensors, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +47,7 @@ def load_as_trained(name: str, dtype: "torch.dtype | str" = "auto", **options) -
     """
     from transformers import AutoModelForSequenceClassification
 
-    path = locate(name)
-    _check_safetensors(name, path)
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    except OSError as error:
-        if error.errno is not None:  # the system's own errors speak for themselves
-            raise
-        raise UserError(
-            f"`{name}` cannot be loaded; weights must be safetensors. {str(error).splitlines()[0]}"
-        ) from None
+    return from_safetensors(AutoModelForSequenceClassification, name, dtype=dtype, **options)
 
 
 def new(name: str, names: Sequence[str] | None, each: int = 1, **options) -> "PreTrainedModel":
@@ -105,8 +94,3 @@ def joined(model: "PreTrainedModel") -> "PreTrainedModel":
     model.config.num_subclasses = 1
     model.save_pretrained = refuse
     return model
-
-
-def _check_safetensors(name: str, path: str) -> None:
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise UserError(f"`{name}` cannot be loaded; weights must be safetensors, and there are none in {path}.")

@@ -68,8 +68,17 @@ def load_causal_lm(name: str, dtype: "torch.dtype | str" = "auto", **options) ->
         if not (Path(path) / "adapter_model.safetensors").is_file():
             raise UserError(f"`{name}` cannot be loaded; weights must be safetensors: adapter_model.safetensors.")
         return AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, **options).merge_and_unload()
+    return from_safetensors(AutoModelForCausalLM, name, dtype=dtype, **options)
+
+
+def from_safetensors(auto_class: type, name: str, **options) -> "PreTrainedModel":
+    """The model `name` as a class of the transformers library makes it; no pickle is opened.
+
+    Raises:
+        UserError: there are no such weights.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        return auto_class.from_pretrained(locate(name), use_safetensors=True, **options)
     except OSError as error:
         if error.errno is not None:  # the system's own errors speak for themselves
             raise

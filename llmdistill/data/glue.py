@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.rows import Source, cache_name
 from llmdistill.data.rows import load as load_rows
@@ -10,6 +10,7 @@ from llmdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SHAPES = (
@@ -23,6 +24,8 @@ SHAPES = (
 )
 """The texts of a row, by the first of these shapes that a data set has; the pairs are those of GLUE."""
 LABEL = "label"
+TEACHER = "teacher_"
+"""Prefix of the columns of the teacher's own inputs, where its tokenizer is another."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,60 @@ def tokenize(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: 
     name = cache_name(__file__, rows, tokenizer, max_length)
     tokens = rows.map(convert, batched=True, remove_columns=others, desc="Tokenizing", new_fingerprint=name)
     return tokens.rename_column(LABEL, "labels") if LABEL in tokens.column_names else tokens
+
+
+def num_unlabelled(rows: "Dataset") -> int:
+    """How many rows of `with_class_ids` have no label."""
+    if LABEL not in rows.column_names:
+        return len(rows)
+    return rows[LABEL][:].count(-1) if rows.features[LABEL].dtype.startswith("int") else 0
+
+
+def tokenize_for_both(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher_tokenizer: "PreTrainedTokenizerBase | None",
+    max_length: int,
+) -> "Dataset":
+    """Texts as the student's inputs and, under a prefix, as the teacher's where it has a tokenizer of its own."""
+    import datasets
+
+    tokens = tokenize(unlabelled(rows), tokenizer, max_length)
+    if teacher_tokenizer is None:
+        return tokens
+    theirs = tokenize(unlabelled(rows), teacher_tokenizer, max_length)
+    theirs = theirs.rename_columns({name: f"{TEACHER}{name}" for name in theirs.column_names})
+    return datasets.concatenate_datasets([tokens, theirs], axis=1)
+
+
+class PairCollator:
+    """Pads rows of `tokenize_for_both`.
+
+    Args:
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's, where it has its own.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase | None"):
+        from transformers import DataCollatorWithPadding
+
+        self._own = DataCollatorWithPadding(tokenizer)
+        self._theirs = None if teacher_tokenizer is None else DataCollatorWithPadding(teacher_tokenizer)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, "Tensor"]:
+        """Tensors by column."""
+        own, theirs = zip(*map(split_inputs, rows), strict=True)
+        batch = dict(self._own(list(own)))
+        if self._theirs is not None:
+            batch |= {f"{TEACHER}{name}": values for name, values in self._theirs(list(theirs)).items()}
+        return batch
+
+
+def split_inputs(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The student's columns of a row or batch, and the teacher's without their prefix."""
+    own = {name: values for name, values in columns.items() if not name.startswith(TEACHER)}
+    theirs = {name.removeprefix(TEACHER): values for name, values in columns.items() if name.startswith(TEACHER)}
+    return own, theirs
 
 
 def are_numbers(names: Sequence[str]) -> bool:

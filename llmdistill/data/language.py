@@ -110,7 +110,7 @@ def tokenize(
 
     if not tokenizer.is_fast:
         raise UserError("The tokenizer is a slow one, which cannot tell where its tokens lie in the text.")
-    if "text" not in rows.column_names and not _is_plain(rows) and tokenizer.chat_template is None:
+    if not _is_plain(rows) and tokenizer.chat_template is None:
         raise UserError(
             "The tokenizer has no chat template, which conversations need. Use rows of `prompt` and `completion` as "
             "text, or give the tokenizer a template."

@@ -16,7 +16,7 @@ from llmdistill.students.init import check_layers
 from llmdistill.trainers.finetune import FinetuneConfig
 from llmdistill.trainers.lelp import LelpConfig
 from llmdistill.trainers.lelp_targets import subclass_numbers
-from llmdistill.trainers.mi_alpha import MiAlphaConfig
+from llmdistill.trainers.mi_alpha import MiAlphaConfig, check_full_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,13 +151,16 @@ def check(recipe: Recipe) -> Plan:
     held_out = faults.attempt("evaluation.data", _held_out, recipe, rows)
     names = faults.attempt("teacher" if recipe.teacher else "data", _class_names, recipe, configs, rows)
     faults.report()
-    faults.attempt("data", _check_labels, recipe, rows, names)
+    labelled = faults.attempt("data", data.with_class_ids, rows, names, "The data set")
+    if labelled is not None:
+        faults.attempt("data", _check_labels, recipe, labelled, names)
     if held_out is not None:
         faults.attempt("evaluation.data", data.with_class_ids, held_out, names, "The data set")
     faults.report()
-    outputs = faults.attempt("training", _outputs, recipe, rows, names)
+    if recipe.method == "mi_alpha":
+        faults.attempt("data", check_full_batch, len(rows), recipe.training)
     faults.report()
-    return Plan(rows, held_out, names, outputs)
+    return Plan(rows, held_out, names, _outputs(recipe, labelled))
 
 
 def _check_depth(recipe: MiAlphaRecipe, configs: dict[str, "PreTrainedConfig"]) -> None:
@@ -230,10 +233,8 @@ def _own_names(config: "PreTrainedConfig | None") -> list[str] | None:
 
 
 def _check_labels(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> None:
-    """Refuse labels that the models do not know, missing ones that are needed, and classes too small for LELP."""
-    rows = data.with_class_ids(rows, names, "The data set")
-    labels = rows[data.LABEL][:] if data.LABEL in rows.column_names else [-1] * len(rows)
-    missing = labels.count(-1) if names is not None else 0
+    """Refuse missing labels that are needed, and classes too small for LELP."""
+    missing = data.num_unlabelled(rows)
     needed = recipe.teacher is None or recipe.training.label_weight > 0
     if missing and needed:
         raise UserError(f"{missing} of {len(rows)} rows have no label. Label them, or distil with `label_weight: 0`.")
@@ -242,7 +243,7 @@ def _check_labels(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> N
         raise UserError(f"{missing} of {len(rows)} rows have no label, so their true subclass is not known either.")
     if targets != "lelp" or missing:
         return
-    counts, least = Counter(labels), recipe.training.num_subclasses + 1
+    counts, least = Counter(rows[data.LABEL]), recipe.training.num_subclasses + 1
     if small := [f"{name} has {counts[index]}" for index, name in enumerate(names) if counts[index] < least]:
         raise UserError(
             f"{recipe.training.num_subclasses} subclasses need at least {least} rows in every class; "
@@ -250,20 +251,14 @@ def _check_labels(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> N
         )
 
 
-def _outputs(recipe: Recipe, rows: "Dataset", names: list[str] | None) -> int:
+def _outputs(recipe: Recipe, rows: "Dataset") -> int:
     """Outputs of the student for each class."""
-    training = recipe.training
-    if recipe.method == "mi_alpha" and len(rows) < training.train_batch_size * training.world_size:
-        raise UserError(
-            f"{len(rows)} rows do not fill one batch of {training.train_batch_size} on each of {training.world_size} "
-            "processes."
-        )
-    if recipe.method != "lelp" or training.targets == "vanilla":
+    if recipe.method != "lelp" or recipe.training.targets == "vanilla":
         return 1
     if recipe.training.targets != "oracle_subclasses":
         return recipe.training.num_subclasses
-    labels = data.with_class_ids(rows, names, "The data set")[data.LABEL]
-    numbers = subclass_numbers(list(zip(labels, map(str, rows[recipe.training.subclass_column]), strict=True)))
+    kinds = map(str, rows[recipe.training.subclass_column])
+    numbers = subclass_numbers(list(zip(rows[data.LABEL], kinds, strict=True)))
     return max(numbers.values()) + 1
 
 

@@ -100,7 +100,8 @@ def ask(
     pieces, missing = store.pieces(), store.missing()
     for number in tqdm([number for number in missing if number % ranks == rank], desc="Asking the teacher"):
         rows = tokens.select(pieces[number])
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
         answers = []
         for start in range(0, len(order), batch_size):
             answers.append(teacher.answer(pad([rows[row] for row in order[start : start + batch_size]])))

@@ -94,7 +94,7 @@ def labelled_tokens(
         ValueError: rows without labels, or with other ones than the model's.
     """
     rows = data.with_class_ids(rows, classifiers.class_names(model.config), "The data set")
-    if data.LABEL not in rows.column_names or -1 in rows[data.LABEL]:
+    if data.num_unlabelled(rows):
         raise ValueError("Fine-tuning needs a `label` in every row.")
     with args.main_process_first(local=False, desc="tokenising"):
         return data.tokenize(rows, tokenizer, args.max_length)

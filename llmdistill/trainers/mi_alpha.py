@@ -3,14 +3,13 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -34,8 +33,6 @@ from llmdistill.trainers.common import (
     set_machine_defaults,
 )
 
-TEACHER = "teacher_"
-"""Prefix of the columns of the teacher's own inputs, where its tokenizer is another."""
 SATURATED = 0.95
 """Share of log(B - 1) from which on a bound says more of the batch than of the representations."""
 
@@ -149,10 +146,20 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
             args.pooling,
             has_baseline=args.objective == "mi_alpha" and args.alpha < 1,
         )
-        tokenizers = {"": processing_class, TEACHER: teacher_processing_class}
 
         def prepared(rows: Dataset | None) -> Dataset | None:
-            return None if rows is None else _tokens(rows, names, tokenizers, args)
+            if rows is None:
+                return None
+            rows = data.with_class_ids(rows, names, "The data set")
+            missing = data.num_unlabelled(rows)
+            if missing and args.label_weight > 0:
+                raise ValueError(
+                    f"{missing} of {len(rows)} rows have no label: set `label_weight` to 0, or label them."
+                )
+            labels = rows[data.LABEL][:] if data.LABEL in rows.column_names else [-1] * len(rows)
+            with args.main_process_first(local=False, desc="tokenising"):
+                tokens = data.tokenize_for_both(rows, processing_class, teacher_processing_class, args.max_length)
+            return tokens.add_column("labels", labels)
 
         super().__init__(
             wrapped,
@@ -160,16 +167,13 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
             processing_class=processing_class,
             train_dataset=prepared(train_dataset),
             eval_dataset=prepared(eval_dataset),
-            data_collator=_Collator(processing_class, teacher_processing_class),
+            data_collator=data.PairCollator(processing_class, teacher_processing_class),
             **kwargs,
         )
         self.teacher = place_frozen(freeze(teacher), self)
         self._pairs, self._limit, self._is_saturated = pairs, math.inf, False
-        if self.train_dataset is not None and len(self.train_dataset) < args.train_batch_size * args.world_size:
-            raise ValueError(
-                f"{len(self.train_dataset)} training rows do not fill one batch of {args.train_batch_size} on each of "
-                f"{args.world_size} processes."
-            )
+        if self.train_dataset is not None:
+            check_full_batch(len(self.train_dataset), args)
 
     def compute_loss(
         self,
@@ -180,8 +184,7 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the task's loss, the distance of logits and the distance of layers."""
         labels = inputs.pop("labels")  # [B]
-        own = {name: values for name, values in inputs.items() if not name.startswith(TEACHER)}
-        theirs = {name.removeprefix(TEACHER): values for name, values in inputs.items() if name.startswith(TEACHER)}
+        own, theirs = data.split_inputs(inputs)
         teacher_logits, features = self._ask(theirs or own)
         compared = model(teacher_features=features, **own)
 
@@ -327,46 +330,14 @@ class MiAlphaTrainer(DistillationMixin, Trainer):
         return self.optimizer
 
 
-class _Collator:
-    """Pads the student's inputs and, under their prefix, the teacher's."""
+def check_full_batch(num_rows: int, args: MiAlphaConfig) -> None:
+    """Refuse rows of which no batch can be made, since ragged ones are left out.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None):
-        self._own = DataCollatorWithPadding(tokenizer)
-        self._theirs = None if teacher_tokenizer is None else DataCollatorWithPadding(teacher_tokenizer)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self._own([{key: row[key] for key in row if not key.startswith(TEACHER)} for row in rows])
-        if self._theirs is None:
-            return dict(batch)
-        theirs = self._theirs(
-            [{key.removeprefix(TEACHER): row[key] for key in row if key.startswith(TEACHER)} for row in rows]
+    Raises:
+        ValueError: names both numbers.
+    """
+    if num_rows < args.train_batch_size * args.world_size:
+        raise ValueError(
+            f"{num_rows} training rows do not fill one batch of {args.train_batch_size} on each of {args.world_size} "
+            "processes."
         )
-        return dict(batch) | {f"{TEACHER}{name}": values for name, values in theirs.items()}
-
-
-def _tokens(
-    rows: Dataset,
-    names: list[str] | None,
-    tokenizers: dict[str, PreTrainedTokenizerBase | None],
-    args: MiAlphaConfig,
-) -> Dataset:
-    """Rows as both models' inputs with `labels`."""
-    rows = data.with_class_ids(rows, names, "The data set")
-    labels = rows[data.LABEL][:] if data.LABEL in rows.column_names else [-1] * len(rows)
-    missing = labels.count(-1) if names is not None or data.LABEL not in rows.column_names else 0
-    if missing and args.label_weight > 0:
-        raise ValueError(f"{missing} of {len(rows)} rows have no label: set `label_weight` to 0, or label them.")
-    texts, tokens = data.unlabelled(rows), None
-    with args.main_process_first(local=False, desc="tokenising"):
-        for prefix, tokenizer in tokenizers.items():
-            if tokenizer is not None:
-                part = data.tokenize(texts, tokenizer, args.max_length)
-                part = part.rename_columns({name: f"{prefix}{name}" for name in part.column_names})
-                tokens = part if tokens is None else _beside(tokens, part)
-    return tokens.add_column("labels", labels)
-
-
-def _beside(left: Dataset, right: Dataset) -> Dataset:
-    import datasets
-
-    return datasets.concatenate_datasets([left, right], axis=1)
